@@ -1,0 +1,281 @@
+/*
+ * The table of commands in flight: who owns which source until when.
+ *
+ * A command takes a slot before the kernel sees it, and gives it back when its CQE was consumed; its
+ * outcome then waits in a queue until the caller takes it. The source that it reads from is held from
+ * the slot's first moment until the outcome was handed out, since an error's text needs it. The
+ * memory needs no entry here: a ring has one, and holds it as long as any slot is taken.
+ *
+ * `user_data` in the SQE is a slot and its generation, never a pointer: a CQE that came twice, or
+ * from nowhere, finds a generation that doesn't match and touches nothing.
+ *
+ * Nothing here runs Python code, so all of it may be called under the ring's lock. Room for outcomes
+ * is reserved before a command is sent: consuming a CQE can't fail.
+ */
+#ifndef GDSDIRECT_INFLIGHT_H
+#define GDSDIRECT_INFLIGHT_H
+
+#include "module.h"
+
+#include <stdlib.h>
+
+/* The way that a command goes; the order of the counters that Python reads. */
+enum way { WAY_PASSTHROUGH, WAY_FILE_DIRECT, WAY_FILE_FIXED, WAY_BUFFERED, WAYS };
+
+/* A command that the kernel has. */
+struct slot {
+    uint64_t user_data;
+    uint64_t position; /* first LBA, or offset in the file */
+    uint32_t nbytes;   /* asked for */
+    uint32_t generation;
+    uint32_t holder;
+    uint16_t way;
+    bool registered; /* goes into a registered buffer */
+};
+
+/* What became of a command, until the caller takes it. */
+struct outcome {
+    uint64_t user_data;
+    uint64_t position;
+    uint32_t expected;
+    uint32_t nbytes; /* in the buffer */
+    int32_t res;     /* the kernel's, as it is */
+    uint32_t holder;
+    uint32_t way;
+};
+
+/* A source, held for `commands` slots and outcomes together. */
+struct holder {
+    Source *source; /* a strong reference, and acquired */
+    uint32_t commands;
+    uint32_t next; /* in the list of free holders, or of those to let go */
+};
+
+#define NOBODY UINT32_MAX
+
+struct inflight {
+    struct slot *slots;
+    uint32_t *free_slots; /* a stack */
+    uint32_t depth;
+    uint32_t free_count;
+
+    struct holder *holders;
+    uint32_t holders_allocated;
+    uint32_t free_holder;
+    uint32_t finished_holder; /* no command left: Python code lets go of it, without the lock */
+    uint32_t last_holder;     /* of the last batch: the next one is probably its twin */
+
+    struct outcome *outcomes; /* a ring buffer of a power of two */
+    size_t outcomes_allocated;
+    size_t first;
+    size_t ready;
+    size_t on_the_way; /* taken by a caller, and not in Python's hands yet: may come back */
+};
+
+static inline uint32_t
+inflight_count(const struct inflight *table)
+{
+    return table->depth - table->free_count;
+}
+
+static inline bool
+inflight_init(struct inflight *table, uint32_t depth)
+{
+    table->slots = calloc(depth, sizeof(*table->slots));
+    table->free_slots = calloc(depth, sizeof(*table->free_slots));
+    table->depth = table->free_count = depth;
+    table->free_holder = table->finished_holder = table->last_holder = NOBODY;
+    if (table->slots == NULL || table->free_slots == NULL) {
+        return false;
+    }
+    for (uint32_t i = 0; i < depth; i++) {
+        table->free_slots[i] = depth - 1 - i;
+    }
+    return true;
+}
+
+static inline void
+inflight_destroy(struct inflight *table)
+{
+    free(table->slots);
+    free(table->free_slots);
+    free(table->holders);
+    free(table->outcomes);
+}
+
+/* ---- Outcomes ---------------------------------------------------------------------------- */
+
+static inline struct outcome *
+outcome_at(struct inflight *table, size_t index)
+{
+    return &table->outcomes[(table->first + index) & (table->outcomes_allocated - 1)];
+}
+
+/* Room for the outcomes of `more` commands beside all those that are out. */
+static inline bool
+inflight_reserve(struct inflight *table, size_t more)
+{
+    size_t needed = table->ready + table->on_the_way + inflight_count(table) + more;
+    if (needed <= table->outcomes_allocated) {
+        return true;
+    }
+    size_t allocated = table->outcomes_allocated ? table->outcomes_allocated : 64;
+    while (allocated < needed) {
+        allocated *= 2;
+    }
+    struct outcome *outcomes = malloc(allocated * sizeof(*outcomes));
+    if (outcomes == NULL) {
+        return false;
+    }
+    for (size_t i = 0; i < table->ready; i++) {
+        outcomes[i] = *outcome_at(table, i);
+    }
+    free(table->outcomes);
+    table->outcomes = outcomes;
+    table->outcomes_allocated = allocated;
+    table->first = 0;
+    return true;
+}
+
+/* ---- Holders ----------------------------------------------------------------------------- */
+
+static inline bool
+holders_grow(struct inflight *table)
+{
+    uint32_t allocated = table->holders_allocated ? table->holders_allocated * 2 : 8;
+    struct holder *holders = realloc(table->holders, allocated * sizeof(*holders));
+    if (holders == NULL) {
+        return false;
+    }
+    for (uint32_t i = table->holders_allocated; i < allocated; i++) {
+        holders[i] = (struct holder){.next = table->free_holder};
+        table->free_holder = i;
+    }
+    table->holders = holders;
+    table->holders_allocated = allocated;
+    return true;
+}
+
+/* A holder of `source` for one batch, which itself counts as a command until holder_drop, so that
+ * the source stays while the batch waits for room. NOBODY: the source is closed, or no memory. */
+static inline uint32_t
+holder_for(struct inflight *table, Source *source)
+{
+    uint32_t index = table->last_holder;
+    if (source_is_closed(source)) {
+        return NOBODY;
+    }
+    if (index != NOBODY && table->holders[index].source == source) {
+        table->holders[index].commands++;
+        return index;
+    }
+    if ((table->free_holder == NOBODY && !holders_grow(table)) ||
+        !gdsdirect_source_acquire(source)) {
+        return NOBODY;
+    }
+    index = table->free_holder;
+    struct holder *holder = &table->holders[index];
+    table->free_holder = holder->next;
+    holder->source = (Source *)Py_NewRef(source);
+    holder->commands = 1;
+    table->last_holder = index;
+    return index;
+}
+
+/* One command less. The last one frees the descriptor at once, the reference later. */
+static inline void
+holder_drop(struct inflight *table, uint32_t index)
+{
+    struct holder *holder = &table->holders[index];
+    if (--holder->commands > 0) {
+        return;
+    }
+    gdsdirect_source_release(holder->source);
+    if (table->last_holder == index) {
+        table->last_holder = NOBODY;
+    }
+    holder->next = table->finished_holder;
+    table->finished_holder = index;
+}
+
+/* A source that nothing needs any more, for the caller to Py_DECREF without the lock; or NULL. */
+static inline Source *
+inflight_finished_source(struct inflight *table)
+{
+    uint32_t index = table->finished_holder;
+    if (index == NOBODY) {
+        return NULL;
+    }
+    struct holder *holder = &table->holders[index];
+    Source *source = holder->source;
+    table->finished_holder = holder->next;
+    holder->source = NULL;
+    holder->next = table->free_holder;
+    table->free_holder = index;
+    return source;
+}
+
+/* ---- Slots ------------------------------------------------------------------------------- */
+
+/* Takes a free slot; there must be one, a reserved outcome, and `slot.holder` from holder_for.
+ * Returns what goes into the SQE's user_data. */
+static inline uint64_t
+inflight_take(struct inflight *table, struct slot slot)
+{
+    uint32_t index = table->free_slots[--table->free_count];
+    slot.generation = table->slots[index].generation + 1;
+    table->slots[index] = slot;
+    table->holders[slot.holder].commands++;
+    return (uint64_t)slot.generation << 32 | index;
+}
+
+/* The slot of a command in flight; NULL for an id that is not one. */
+static inline struct slot *
+inflight_find(struct inflight *table, uint64_t id)
+{
+    uint32_t index = (uint32_t)id;
+    if (index >= table->depth || table->slots[index].generation != (uint32_t)(id >> 32)) {
+        return NULL;
+    }
+    return &table->slots[index];
+}
+
+static inline void
+slot_free(struct inflight *table, struct slot *slot)
+{
+    slot->generation++; /* the id is spent, even before the slot is taken again */
+    table->free_slots[table->free_count++] = (uint32_t)(slot - table->slots);
+}
+
+/* Takes back a command that the kernel never saw. */
+static inline void
+inflight_undo(struct inflight *table, struct slot *slot)
+{
+    slot_free(table, slot);
+    holder_drop(table, slot->holder);
+}
+
+/* The kernel is done with a command: its slot is free, its outcome waits. */
+static inline struct outcome *
+inflight_complete(struct inflight *table, struct slot *slot, int32_t res)
+{
+    struct outcome *outcome = outcome_at(table, table->ready++);
+    *outcome = (struct outcome){
+        .user_data = slot->user_data,
+        .position = slot->position,
+        .expected = slot->nbytes,
+        .res = res,
+        .holder = slot->holder,
+        .way = slot->way,
+    };
+    if (slot->way == WAY_PASSTHROUGH) {
+        outcome->nbytes = res == 0 ? slot->nbytes : 0; /* 0 is success of the whole command */
+    }
+    else {
+        outcome->nbytes = res > 0 ? (uint32_t)res : 0;
+    }
+    slot_free(table, slot);
+    return outcome;
+}
+
+#endif

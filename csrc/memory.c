@@ -1,0 +1,207 @@
+/*
+ * Memory: the range of addresses below a GpuMappedBuffer, and the count of those who use it.
+ */
+#include "module.h"
+
+#define CLOSED (-1)
+
+/* ---- Lifetime ---------------------------------------------------------------------------- */
+
+static int
+memory_fill(Memory *self, PyObject *owner, unsigned long long address, Py_ssize_t nbytes)
+{
+    if (address == 0) {
+        if (PyObject_GetBuffer(owner, &self->exporter, PyBUF_WRITABLE) < 0) {
+            return -1;
+        }
+        self->address = self->exporter.buf;
+        self->nbytes = self->exporter.len;
+    }
+    else {
+        self->address = (char *)(uintptr_t)address;
+        self->nbytes = nbytes;
+        self->owner = Py_NewRef(owner);
+    }
+    if (self->nbytes <= 0 || (uintptr_t)self->address > UINTPTR_MAX - (uintptr_t)self->nbytes) {
+        PyErr_Format(PyExc_ValueError, "memory of %zd bytes at address %p: give at least one byte, "
+                     "and no more than the address space holds", self->nbytes, self->address);
+        return -1;
+    }
+    return 0;
+}
+
+static PyObject *
+memory_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"owner", "address", "nbytes", NULL};
+    PyObject *owner;
+    unsigned long long address = 0;
+    Py_ssize_t nbytes = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|Kn:Memory", names, &owner, &address,
+                                     &nbytes)) {
+        return NULL;
+    }
+    Memory *self = (Memory *)type->tp_alloc(type, 0);
+    if (self != NULL && memory_fill(self, owner, address, nbytes) < 0) {
+        Py_CLEAR(self);
+    }
+    return (PyObject *)self;
+}
+
+/* Lets go of what keeps the range mapped. Only when nobody uses it any more. */
+static void
+memory_release(Memory *self)
+{
+    atomic_store(&self->exports, CLOSED);
+    PyBuffer_Release(&self->exporter);
+    Py_CLEAR(self->owner);
+}
+
+static PyObject *
+memory_close(Memory *self, PyObject *Py_UNUSED(ignored))
+{
+    Py_ssize_t users = 0;
+    if (atomic_compare_exchange_strong(&self->exports, &users, CLOSED)) {
+        memory_release(self);
+    }
+    else if (users != CLOSED) {
+        PyErr_Format(PyExc_BufferError,
+                     "memory at %p is in use by %zd streams or views: close or release them first",
+                     self->address, users);
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static int
+memory_traverse(Memory *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->exporter.obj);
+    Py_VISIT(self->owner);
+    return 0;
+}
+
+static int
+memory_clear(Memory *self)
+{
+    /* In a garbage cycle the memory's users are garbage too, but they go first. */
+    if (atomic_load(&self->exports) <= 0) {
+        memory_release(self);
+    }
+    return 0;
+}
+
+static void
+memory_dealloc(Memory *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    memory_release(self);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+/* ---- Buffer protocol --------------------------------------------------------------------- */
+
+static int
+memory_getbuffer(Memory *self, Py_buffer *view, int flags)
+{
+    Py_ssize_t users = atomic_load(&self->exports);
+    do {
+        if (users == CLOSED) {
+            view->obj = NULL;
+            PyErr_SetString(PyExc_ValueError, "the memory is closed");
+            return -1;
+        }
+    } while (!atomic_compare_exchange_weak(&self->exports, &users, users + 1));
+
+    if (PyBuffer_FillInfo(view, (PyObject *)self, self->address, self->nbytes, 0, flags) < 0) {
+        atomic_fetch_sub(&self->exports, 1);
+        return -1;
+    }
+    return 0;
+}
+
+static void
+memory_releasebuffer(Memory *self, Py_buffer *Py_UNUSED(view))
+{
+    atomic_fetch_sub(&self->exports, 1);
+}
+
+/* ---- Attributes -------------------------------------------------------------------------- */
+
+static int
+memory_is_open(Memory *self)
+{
+    if (atomic_load(&self->exports) == CLOSED) {
+        PyErr_SetString(PyExc_ValueError, "the memory is closed");
+        return 0;
+    }
+    return 1;
+}
+
+static PyObject *
+memory_get_address(Memory *self, void *Py_UNUSED(closure))
+{
+    return memory_is_open(self) ? PyLong_FromVoidPtr(self->address) : NULL;
+}
+
+static PyObject *
+memory_get_nbytes(Memory *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromSsize_t(self->nbytes);
+}
+
+static PyObject *
+memory_get_closed(Memory *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(atomic_load(&self->exports) == CLOSED);
+}
+
+static Py_ssize_t
+memory_length(Memory *self)
+{
+    return self->nbytes;
+}
+
+/* ---- Type -------------------------------------------------------------------------------- */
+
+static PyGetSetDef memory_getset[] = {
+    {"address", (getter)memory_get_address, NULL,
+     "Address of the first byte in this process; ValueError once closed.", NULL},
+    {"nbytes", (getter)memory_get_nbytes, NULL, "Size in bytes.", NULL},
+    {"closed", (getter)memory_get_closed, NULL, "Whether close() was called.", NULL},
+    {NULL},
+};
+
+PyDoc_STRVAR(memory_close_doc,
+             "close($self, /)\n--\n\n"
+             "Let go of the memory.\n\n"
+             "Raises BufferError while a stream or a view uses it. A second call does nothing.\n");
+
+static PyMethodDef memory_methods[] = {
+    {"close", (PyCFunction)memory_close, METH_NOARGS, memory_close_doc},
+    {NULL},
+};
+
+static PyType_Slot memory_slots[] = {
+    {Py_tp_new, memory_new},
+    {Py_tp_dealloc, memory_dealloc},
+    {Py_tp_traverse, memory_traverse},
+    {Py_tp_clear, memory_clear},
+    {Py_tp_methods, memory_methods},
+    {Py_tp_getset, memory_getset},
+    {Py_sq_length, memory_length},
+    {Py_bf_getbuffer, memory_getbuffer},
+    {Py_bf_releasebuffer, memory_releasebuffer},
+    {0, NULL},
+};
+
+PyType_Spec gdsdirect_memory_spec = {
+    .name = "gdsdirect._uring_cmd.Memory",
+    .basicsize = sizeof(Memory),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC |
+             Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = memory_slots,
+};

@@ -1,0 +1,65 @@
+/*
+ * What the files of _uring_cmd share: the module's state and the two small types, the memory that
+ * commands write into and the source that they read from.
+ */
+#ifndef GDSDIRECT_MODULE_H
+#define GDSDIRECT_MODULE_H
+
+#include "pycompat.h"
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+struct module_state {
+    PyTypeObject *memory_type;
+    PyTypeObject *source_type;
+    PyTypeObject *ring_type;
+    PyObject *source_name; /* "_source": where a Namespace keeps its Source */
+};
+
+extern struct PyModuleDef gdsdirect_uring_cmd_module;
+extern PyType_Spec gdsdirect_memory_spec, gdsdirect_source_spec, gdsdirect_ring_spec;
+
+/* Memory: a fixed range of addresses and whatever keeps it mapped. A ring reaches it through the
+ * buffer protocol alone, so that its export is what forbids close() while commands are in flight. */
+typedef struct {
+    PyObject_HEAD
+    char *address;
+    Py_ssize_t nbytes;
+    Py_buffer exporter; /* obj is NULL where somebody else mapped the address */
+    PyObject *owner;    /* then this keeps it mapped */
+    _Atomic Py_ssize_t exports; /* -1: closed */
+} Memory;
+
+/* Source: an open file, and for an NVMe namespace the bounds that its commands are held to. */
+typedef struct {
+    PyObject_HEAD
+    int fd;
+    bool is_direct; /* opened with O_DIRECT */
+    bool is_nvme;
+    _Atomic uint32_t users; /* rings that hold it, and SOURCE_CLOSED */
+    uint32_t nsid;
+    uint32_t lba_shift;
+    uint32_t max_transfer; /* bytes */
+    uint32_t metadata_size;
+    uint64_t capacity; /* blocks */
+    PyObject *path;
+} Source;
+
+#define SOURCE_CLOSED 0x80000000u
+
+static inline bool
+source_is_closed(const Source *source)
+{
+    return atomic_load(&source->users) & SOURCE_CLOSED;
+}
+
+/* Between acquire and release the descriptor stays open, whoever calls close(). False: it is
+ * closed already. Neither runs Python code, so both may be called under a ring's lock. */
+bool gdsdirect_source_acquire(Source *source);
+void gdsdirect_source_release(Source *source);
+
+PyObject *gdsdirect_nvme_identify(PyObject *module, PyObject *args);
+
+#endif

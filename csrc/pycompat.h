@@ -1,0 +1,47 @@
+/* Every difference between CPython versions, and nowhere else. Python.h comes through here. */
+#ifndef GDSDIRECT_PYCOMPAT_H
+#define GDSDIRECT_PYCOMPAT_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#if PY_VERSION_HEX < 0x030B0000
+#error "gdsdirect needs CPython 3.11 or later"
+#endif
+
+/* Module slots that say what a module's own locks allow. */
+#if PY_VERSION_HEX >= 0x030C0000
+#define SLOT_PER_INTERPRETER_GIL \
+    {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED},
+#else
+#define SLOT_PER_INTERPRETER_GIL
+#endif
+
+#if PY_VERSION_HEX >= 0x030D0000
+#define SLOT_NO_GIL {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#else
+#define SLOT_NO_GIL
+#endif
+
+/* Adds a note (PEP 678) to the exception that is set. */
+static inline void
+compat_add_note(PyObject *note)
+{
+#if PY_VERSION_HEX >= 0x030C0000
+    PyObject *exception = PyErr_GetRaisedException();
+#else
+    PyObject *type, *exception, *traceback;
+    PyErr_Fetch(&type, &exception, &traceback);
+    PyErr_NormalizeException(&type, &exception, &traceback);
+#endif
+    PyObject *result = note ? PyObject_CallMethod(exception, "add_note", "O", note) : NULL;
+    Py_XDECREF(result);
+    PyErr_Clear();
+#if PY_VERSION_HEX >= 0x030C0000
+    PyErr_SetRaisedException(exception);
+#else
+    PyErr_Restore(type, exception, traceback);
+#endif
+}
+
+#endif

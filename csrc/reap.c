@@ -1,0 +1,446 @@
+/*
+ * Completions out: consumed from the CQ, waited for, handed over.
+ */
+#include "ring.h"
+
+#include <errno.h>
+#include <linux/futex.h>
+#include <math.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#define RECORD_BYTES 16 /* struct "QiI": user_data, res, nbytes */
+
+/* ---- Time -------------------------------------------------------------------------------- */
+
+int64_t
+ring_now(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+}
+
+int
+ring_deadline(PyObject *timeout, int64_t *deadline)
+{
+    if (timeout == NULL || timeout == Py_None) {
+        *deadline = NO_DEADLINE;
+        return 0;
+    }
+    double seconds = PyFloat_AsDouble(timeout);
+    if (seconds == -1.0 && PyErr_Occurred()) {
+        return -1;
+    }
+    if (!(seconds >= 0)) {
+        PyErr_Format(PyExc_ValueError, "timeout is %R: give None or seconds from 0 up", timeout);
+        return -1;
+    }
+    if (seconds == 0) {
+        *deadline = DEADLINE_PASSED;
+    }
+    else {
+        *deadline = seconds > 1e9 ? NO_DEADLINE : ring_now() + (int64_t)ceil(seconds * 1e9);
+    }
+    return 0;
+}
+
+static struct timespec
+time_left(int64_t deadline)
+{
+    int64_t left = deadline - ring_now();
+    left = left > 0 ? left : 0;
+    return (struct timespec){left / 1000000000, left % 1000000000};
+}
+
+/* ---- Consuming --------------------------------------------------------------------------- */
+
+static void
+count_outcome(Ring *self, const struct outcome *outcome)
+{
+    struct counters *counters = &self->counters[outcome->way];
+    counters->nbytes += outcome->nbytes;
+    if (outcome->nbytes == outcome->expected) {
+        counters->completed++;
+    }
+    else {
+        counters->failed++;
+    }
+}
+
+void
+ring_call_leader_locked(Ring *self)
+{
+    self->leader_called = true;
+    ring_send_own_locked(self, IORING_OP_NOP, self->leader_awaits);
+}
+
+void
+ring_reap_locked(Ring *self)
+{
+    struct io_uring_cqe *cqe;
+    unsigned head, seen = 0;
+
+    io_uring_for_each_cqe(&self->ring, head, cqe) {
+        struct slot *slot = inflight_find(&self->table, cqe->user_data);
+        if (slot != NULL) { /* else one of the ring's own */
+            count_outcome(self, inflight_complete(&self->table, slot, cqe->res));
+        }
+        seen++;
+    }
+    if (seen == 0) {
+        return;
+    }
+    io_uring_cq_advance(&self->ring, seen);
+    if (self->has_leader) {
+        /* What it waits for was consumed here, perhaps the CQEs that were to call it too. */
+        ring_call_leader_locked(self);
+    }
+}
+
+/* With these flags the kernel posts CQEs only while a thread asks for them. */
+static void
+fetch_and_reap_locked(Ring *self)
+{
+    if (self->setup_flags & (IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_IOPOLL)) {
+        io_uring_get_events(&self->ring);
+    }
+    ring_reap_locked(self);
+}
+
+/* ---- Waiting ----------------------------------------------------------------------------- */
+
+/* A polled ring spins: in the kernel there is no interrupt to sleep for. It comes back now and
+ * then, so that signals are seen. */
+static int
+spin_for_cqes(Ring *self, int64_t deadline)
+{
+    const int64_t slice = 10 * 1000 * 1000;
+    const int64_t now = ring_now();
+    const int64_t until = deadline - now < slice ? deadline : now + slice;
+    int result;
+    do {
+        result = io_uring_enter(self->ring.ring_fd, 0, 0, IORING_ENTER_GETEVENTS, NULL);
+    } while (result >= 0 && io_uring_cq_ready(&self->ring) == 0 && ring_now() < until);
+    return result;
+}
+
+static int
+sleep_for_cqes(Ring *self, unsigned count, int64_t deadline)
+{
+    struct timespec left = {0};
+    struct io_uring_getevents_arg arg = {0};
+    if (deadline != NO_DEADLINE) {
+        left = time_left(deadline);
+        arg.ts = (uintptr_t)&left; /* struct __kernel_timespec: the same on 64 bits */
+    }
+    return io_uring_enter2(self->ring.ring_fd, 0, count,
+                           IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG, (void *)&arg,
+                           sizeof(arg));
+}
+
+static int
+futex(_Atomic uint32_t *word, int operation, uint32_t value, const struct timespec *timeout)
+{
+    return (int)syscall(SYS_futex, word, operation | FUTEX_PRIVATE_FLAG, value, timeout, NULL, 0);
+}
+
+void
+ring_tell_followers_locked(Ring *self)
+{
+    if (self->followers > 0) {
+        atomic_fetch_add(&self->news, 1);
+        futex(&self->news, FUTEX_WAKE, INT32_MAX, NULL);
+    }
+}
+
+/* Waits in the kernel, on behalf of all. Called without the GIL. */
+static int
+lead_locked(Ring *self, unsigned awaits, int64_t deadline)
+{
+    /* With several threads each CQE may be the one that another waits for. */
+    unsigned in_flight = inflight_count(&self->table);
+    if (self->shared || self->setup_flags & IORING_SETUP_SQPOLL || awaits == 0) {
+        awaits = 1;
+    }
+    else if (awaits > in_flight) {
+        awaits = in_flight;
+    }
+    self->has_leader = true;
+    self->leader_called = false;
+    self->leader_awaits = awaits;
+    pthread_mutex_unlock(&self->lock);
+
+    int result = self->setup_flags & IORING_SETUP_IOPOLL ? spin_for_cqes(self, deadline)
+                                                         : sleep_for_cqes(self, awaits, deadline);
+    pthread_mutex_lock(&self->lock);
+    self->has_leader = false;
+    ring_reap_locked(self);
+    ring_tell_followers_locked(self);
+    return result < 0 && result != -ETIME && result != -EINTR ? -result : DONE;
+}
+
+/* Waits until the leader has news. Called without the GIL. */
+static int
+follow_locked(Ring *self, int64_t deadline)
+{
+    self->shared = true;
+    if (self->leader_awaits > 1 && !self->leader_called) {
+        ring_call_leader_locked(self);
+    }
+    uint32_t seen = atomic_load(&self->news);
+    self->followers++;
+    pthread_mutex_unlock(&self->lock);
+
+    struct timespec left = {0};
+    if (deadline != NO_DEADLINE) {
+        left = time_left(deadline);
+    }
+    futex(&self->news, FUTEX_WAIT, seen, deadline != NO_DEADLINE ? &left : NULL);
+
+    pthread_mutex_lock(&self->lock);
+    self->followers--;
+    return DONE;
+}
+
+int
+ring_wait_locked(Ring *self, unsigned awaits, int64_t deadline)
+{
+    int result;
+    Py_BEGIN_ALLOW_THREADS
+    result = self->has_leader ? follow_locked(self, deadline)
+                              : lead_locked(self, awaits, deadline);
+    pthread_mutex_unlock(&self->lock);
+    Py_END_ALLOW_THREADS
+
+    /* Handlers run Python code, which may use this very ring: not under its lock. */
+    int raised = PyErr_CheckSignals();
+    ring_lock(self);
+    return raised < 0 ? RAISED : result;
+}
+
+/* Takes the lock, and returns when `count` outcomes are ready, time is up, or nothing is left to
+ * wait for. The lock stays taken. */
+static int
+lock_and_collect(Ring *self, size_t count, int64_t deadline)
+{
+    ring_lock(self);
+    if (self->state != RING_OPEN) {
+        return STREAM_CLOSED;
+    }
+    if (count == 0 || deadline == DEADLINE_PASSED) {
+        fetch_and_reap_locked(self);
+    }
+    for (;;) {
+        ring_reap_locked(self);
+        const size_t ready = self->table.ready;
+        if (ready >= count || inflight_count(&self->table) == 0 || ring_now() >= deadline) {
+            return DONE;
+        }
+        size_t missing = count - ready;
+        int result =
+            ring_wait_locked(self, missing < UINT32_MAX ? (unsigned)missing : UINT32_MAX, deadline);
+        if (result != DONE) {
+            return result;
+        }
+        if (self->state != RING_OPEN) {
+            return STREAM_CLOSED;
+        }
+    }
+}
+
+/* ---- Handing over ------------------------------------------------------------------------ */
+
+static void
+pop_locked(Ring *self, struct outcome *into, size_t count)
+{
+    struct inflight *table = &self->table;
+    for (size_t i = 0; i < count; i++) {
+        into[i] = *outcome_at(table, i);
+    }
+    table->first += count;
+    table->ready -= count;
+    if (self->event_seen > table->ready) {
+        self->event_seen = table->ready;
+    }
+}
+
+/* The tuple that Completion is made of. The holder can't change: the outcome counts in it. */
+static PyObject *
+outcome_tuple(const struct outcome *outcome, Source *source)
+{
+    return Py_BuildValue("(KiIIKIO)", (unsigned long long)outcome->user_data, (int)outcome->res,
+                         (unsigned)outcome->nbytes, (unsigned)outcome->expected,
+                         (unsigned long long)outcome->position, (unsigned)outcome->way,
+                         (PyObject *)source);
+}
+
+/* The outcomes that are ready, as a list of tuples; all of them stay ready if that fails. */
+static PyObject *
+take_ready(Ring *self)
+{
+    const size_t count = self->table.ready;
+    struct taken {
+        struct outcome outcome;
+        Source *source;
+    } *taken = malloc((count ? count : 1) * sizeof(*taken));
+    if (taken == NULL) {
+        ring_unlock(self);
+        return PyErr_NoMemory();
+    }
+    for (size_t i = 0; i < count; i++) {
+        pop_locked(self, &taken[i].outcome, 1);
+        taken[i].source = self->table.holders[taken[i].outcome.holder].source;
+    }
+    self->table.on_the_way += count;
+    pthread_mutex_unlock(&self->lock);
+
+    PyObject *list = PyList_New((Py_ssize_t)count);
+    for (size_t i = 0; list != NULL && i < count; i++) {
+        PyObject *item = outcome_tuple(&taken[i].outcome, taken[i].source);
+        if (item == NULL) {
+            Py_CLEAR(list);
+            break;
+        }
+        PyList_SET_ITEM(list, (Py_ssize_t)i, item);
+    }
+
+    ring_lock(self);
+    self->table.on_the_way -= count;
+    for (size_t i = count; i-- > 0;) {
+        if (list != NULL) {
+            holder_drop(&self->table, taken[i].outcome.holder);
+        }
+        else {
+            self->table.first--;
+            *outcome_at(&self->table, 0) = taken[i].outcome;
+            self->table.ready++;
+        }
+    }
+    ring_unlock(self);
+    free(taken);
+    return list;
+}
+
+/* _take(count, timeout): at least `count` outcomes, or fewer when time is up or nothing is left
+ * in flight: [(user_data, res, nbytes, expected, position, way, source)]. */
+PyObject *
+ring_take(Ring *self, PyObject *args)
+{
+    Py_ssize_t count;
+    PyObject *timeout;
+    int64_t deadline;
+    if (!PyArg_ParseTuple(args, "nO:_take", &count, &timeout) ||
+        ring_deadline(timeout, &deadline) < 0) {
+        return NULL;
+    }
+    if (count < 0) {
+        return PyErr_Format(PyExc_ValueError, "count is %zd: give 0 or more", count);
+    }
+    if (ring_check_caller(self) < 0) {
+        return NULL;
+    }
+    int result = lock_and_collect(self, (size_t)count, deadline);
+    if (result != DONE) {
+        ring_unlock(self);
+        return ring_raise(result, "io_uring_enter");
+    }
+    return take_ready(self);
+}
+
+static size_t
+copy_records_locked(Ring *self, char *out, size_t fit)
+{
+    const size_t count = self->table.ready < fit ? self->table.ready : fit;
+    for (size_t i = 0; i < count; i++) {
+        struct outcome outcome;
+        pop_locked(self, &outcome, 1);
+        memcpy(out, &outcome.user_data, 8);
+        memcpy(out + 8, &outcome.res, 4);
+        memcpy(out + 12, &outcome.nbytes, 4);
+        out += RECORD_BYTES;
+        holder_drop(&self->table, outcome.holder);
+    }
+    return count;
+}
+
+static int
+wait_into_arguments(PyObject *const *args, Py_ssize_t nargs, PyObject *keywords, Py_ssize_t *count,
+                    int64_t *deadline)
+{
+    PyObject *given[3] = {NULL, NULL, NULL};
+    static const char *const names[3] = {"out", "count", "timeout"};
+    Py_ssize_t named = keywords ? PyTuple_GET_SIZE(keywords) : 0;
+    if (nargs < 1 || nargs > 3) {
+        PyErr_SetString(PyExc_TypeError, "wait_into(out, count=1, timeout=None) takes out first");
+        return -1;
+    }
+    for (Py_ssize_t i = 1; i < nargs; i++) {
+        given[i] = args[i];
+    }
+    for (Py_ssize_t k = 0; k < named; k++) {
+        PyObject *name = PyTuple_GET_ITEM(keywords, k);
+        int i = PyUnicode_CompareWithASCIIString(name, names[1]) == 0 ? 1 : 2;
+        if (given[i] != NULL || PyUnicode_CompareWithASCIIString(name, names[i]) != 0) {
+            PyErr_Format(PyExc_TypeError, "wait_into() got an unknown or a second argument '%U'",
+                         name);
+            return -1;
+        }
+        given[i] = args[nargs + k];
+    }
+    *count = given[1] ? PyNumber_AsSsize_t(given[1], PyExc_OverflowError) : 1;
+    if (*count == -1 && PyErr_Occurred()) {
+        return -1;
+    }
+    return ring_deadline(given[2], deadline);
+}
+
+PyObject *
+ring_wait_into(Ring *self, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords)
+{
+    Py_ssize_t count;
+    int64_t deadline;
+    Py_buffer out;
+    size_t copied = 0;
+
+    if (wait_into_arguments(args, nargs, keywords, &count, &deadline) < 0 ||
+        ring_check_caller(self) < 0 || PyObject_GetBuffer(args[0], &out, PyBUF_WRITABLE) < 0) {
+        return NULL;
+    }
+    const Py_ssize_t fit = out.len / RECORD_BYTES;
+    if (count < 0 || count > fit || fit == 0) {
+        PyErr_Format(PyExc_ValueError, "count is %zd, and out has room for %zd records of 16 bytes",
+                     count, fit);
+        PyBuffer_Release(&out);
+        return NULL;
+    }
+    int result = lock_and_collect(self, (size_t)count, deadline);
+    if (result == DONE) {
+        copied = copy_records_locked(self, out.buf, (size_t)fit);
+    }
+    ring_unlock(self);
+    PyBuffer_Release(&out);
+    return result == DONE ? PyLong_FromSize_t(copied) : ring_raise(result, "io_uring_enter");
+}
+
+/* _look(): consumes what is there, and says (ready, in flight). `fileno()` is quiet afterwards
+ * until there is more, so that one who waits for a number of them isn't woken by the same again. */
+PyObject *
+ring_look(Ring *self, PyObject *Py_UNUSED(ignored))
+{
+    if (ring_check_caller(self) < 0) {
+        return NULL;
+    }
+    ring_lock(self);
+    if (self->state != RING_OPEN) {
+        ring_unlock(self);
+        return ring_raise(STREAM_CLOSED, NULL);
+    }
+    fetch_and_reap_locked(self);
+    const size_t ready = self->table.ready;
+    const uint32_t in_flight = inflight_count(&self->table);
+    self->event_seen = ready;
+    ring_unlock(self);
+    return Py_BuildValue("(nI)", (Py_ssize_t)ready, (unsigned)in_flight);
+}

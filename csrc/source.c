@@ -1,0 +1,229 @@
+/*
+ * Source: an open file that commands read from. Its descriptor outlives every command in flight.
+ */
+#include "module.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+#include "nvme_abi.h"
+
+/* ---- The descriptor ---------------------------------------------------------------------- */
+
+bool
+gdsdirect_source_acquire(Source *source)
+{
+    uint32_t users = atomic_load(&source->users);
+    do {
+        if (users & SOURCE_CLOSED) {
+            return false;
+        }
+    } while (!atomic_compare_exchange_weak(&source->users, &users, users + 1));
+    return true;
+}
+
+/* The one who leaves last, when it is closed, closes the descriptor: here or in close(). */
+void
+gdsdirect_source_release(Source *source)
+{
+    if (atomic_fetch_sub(&source->users, 1) == (SOURCE_CLOSED | 1)) {
+        close(source->fd);
+    }
+}
+
+static void
+source_shut(Source *self)
+{
+    if (self->fd >= 0 && atomic_fetch_or(&self->users, SOURCE_CLOSED) == 0) {
+        close(self->fd);
+    }
+}
+
+static PyObject *
+source_close(Source *self, PyObject *Py_UNUSED(ignored))
+{
+    source_shut(self);
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+source_fileno(Source *self, PyObject *Py_UNUSED(ignored))
+{
+    if (source_is_closed(self)) {
+        PyErr_Format(PyExc_ValueError, "%S is closed", self->path);
+        return NULL;
+    }
+    return PyLong_FromLong(self->fd);
+}
+
+/* ---- Lifetime ---------------------------------------------------------------------------- */
+
+static int
+source_set_bounds(Source *self, unsigned int lba_size, unsigned long long max_transfer)
+{
+    if (lba_size < 512 || lba_size & (lba_size - 1)) {
+        PyErr_Format(PyExc_ValueError, "%S: lba_size is %u, not a power of two from 512 up",
+                     self->path, lba_size);
+        return -1;
+    }
+    self->lba_shift = (uint32_t)__builtin_ctz(lba_size);
+    self->max_transfer = max_transfer < UINT32_MAX ? (uint32_t)max_transfer : UINT32_MAX;
+    self->is_nvme = true;
+    return 0;
+}
+
+static PyObject *
+source_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"fd",       "path",         "nsid",          "lba_size",
+                            "capacity", "max_transfer", "metadata_size", NULL};
+    int fd;
+    PyObject *path;
+    unsigned int nsid = 0, lba_size = 0, metadata_size = 0;
+    unsigned long long capacity = 0, max_transfer = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iU|$IIKKI:Source", names, &fd, &path, &nsid,
+                                     &lba_size, &capacity, &max_transfer, &metadata_size)) {
+        return NULL;
+    }
+    int flags = fcntl(fd, F_GETFL);
+    if (flags < 0) {
+        return PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, path);
+    }
+    Source *self = (Source *)type->tp_alloc(type, 0);
+    if (self == NULL) {
+        return NULL;
+    }
+    self->fd = -1; /* the caller's until nothing can fail any more */
+    self->path = Py_NewRef(path);
+    self->nsid = nsid;
+    self->capacity = capacity;
+    self->metadata_size = metadata_size;
+    self->is_direct = flags & O_DIRECT;
+    if (nsid != 0 && source_set_bounds(self, lba_size, max_transfer) < 0) {
+        Py_DECREF(self);
+        return NULL;
+    }
+    self->fd = fd;
+    return (PyObject *)self;
+}
+
+static int
+source_traverse(Source *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    return 0; /* path is a str and can't be part of a cycle */
+}
+
+static void
+source_dealloc(Source *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    source_shut(self);
+    Py_XDECREF(self->path);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+/* ---- Attributes -------------------------------------------------------------------------- */
+
+static PyObject *
+source_get_closed(Source *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(source_is_closed(self));
+}
+
+static PyObject *
+source_get_path(Source *self, void *Py_UNUSED(closure))
+{
+    return Py_NewRef(self->path);
+}
+
+static PyObject *
+source_get_nsid(Source *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromUnsignedLong(self->nsid);
+}
+
+static PyObject *
+source_get_lba_size(Source *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromUnsignedLong(self->is_nvme ? 1ul << self->lba_shift : 0);
+}
+
+static PyGetSetDef source_getset[] = {
+    {"closed", (getter)source_get_closed, NULL, "Whether close() was called.", NULL},
+    {"path", (getter)source_get_path, NULL, "What messages call it.", NULL},
+    {"nsid", (getter)source_get_nsid, NULL, "Namespace id; 0: not an NVMe namespace.", NULL},
+    {"lba_size", (getter)source_get_lba_size, NULL, "Bytes of a block, or 0.", NULL},
+    {NULL},
+};
+
+static PyMethodDef source_methods[] = {
+    {"close", (PyCFunction)source_close, METH_NOARGS,
+     "Close the descriptor, as soon as no command in flight needs it."},
+    {"fileno", (PyCFunction)source_fileno, METH_NOARGS, "The descriptor; ValueError once closed."},
+    {NULL},
+};
+
+static PyType_Slot source_slots[] = {
+    {Py_tp_new, source_new},
+    {Py_tp_dealloc, source_dealloc},
+    {Py_tp_traverse, source_traverse},
+    {Py_tp_methods, source_methods},
+    {Py_tp_getset, source_getset},
+    {Py_tp_doc, "Source(fd, path, *, nsid=0, lba_size=0, capacity=0, max_transfer=0, "
+                "metadata_size=0)\n\nAn open file that commands read from. Owns fd from then on."},
+    {0, NULL},
+};
+
+PyType_Spec gdsdirect_source_spec = {
+    .name = "gdsdirect._uring_cmd.Source",
+    .basicsize = sizeof(Source),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = source_slots,
+};
+
+/* ---- Identify ---------------------------------------------------------------------------- */
+
+/* nvme_identify(fd, cns, nsid) -> bytes: the Identify command's 4096-byte data structure. */
+PyObject *
+gdsdirect_nvme_identify(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    int fd, result;
+    unsigned int cns, nsid;
+    if (!PyArg_ParseTuple(args, "iII:nvme_identify", &fd, &cns, &nsid)) {
+        return NULL;
+    }
+    PyObject *data = PyBytes_FromStringAndSize(NULL, 4096);
+    if (data == NULL) {
+        return NULL;
+    }
+    struct nvme_kernel_cmd cmd = {
+        .opcode = NVME_ADMIN_IDENTIFY,
+        .nsid = nsid,
+        .addr = (uintptr_t)PyBytes_AS_STRING(data),
+        .data_len = 4096,
+        .cdw10 = cns,
+    };
+    Py_BEGIN_ALLOW_THREADS
+    result = ioctl(fd, NVME_IOCTL_ADMIN_CMD, &cmd);
+    Py_END_ALLOW_THREADS
+    if (result == 0) {
+        return data;
+    }
+    Py_DECREF(data);
+    if (result > 0) {
+        /* Positive: the controller's status word, not an errno. */
+        PyObject *text = PyUnicode_FromFormat("Identify (CNS %u): NVMe status 0x%x", cns, result);
+        PyObject *values = text ? Py_BuildValue("(iN)", EIO, text) : NULL;
+        if (values != NULL) {
+            PyErr_SetObject(PyExc_OSError, values);
+            Py_DECREF(values);
+        }
+        return NULL;
+    }
+    return PyErr_SetFromErrno(PyExc_OSError);
+}

@@ -1,0 +1,206 @@
+"""GpuMappedBuffer: memory that a drive may write into."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+from enum import Enum
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
+
+from gdsdirect.errors import ring_type
+from gdsdirect.sysfs import Sysfs
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Buffer
+
+    from gdsdirect._uring_cmd import Memory
+else:
+    Memory = ring_type("Memory")
+
+_MAP_HUGETLB = 0x40000  # asm-generic/mman.h; Python's mmap module names it from 3.13 on
+
+
+class MemoryKind(Enum):
+    """What a buffer's memory is, and so which ways lead into it."""
+
+    BAR1_PEER = "bar1_peer"
+    """Memory of another PCI device, mapped from its BAR: read into unregistered."""
+
+    HOST_VISIBLE = "host_visible"
+    """RAM of the host, which the kernel can register."""
+
+
+class GpuMappedBuffer(Memory):
+    """A range of memory that a drive may write into, and what keeps it mapped.
+
+    Made by one of the `from_…` methods. It supports the buffer protocol: `memoryview(buffer)` and
+    `numpy.frombuffer(buffer, …)` see it without a copy. As long as a stream or a view uses it,
+    `close()` raises BufferError; `address` raises ValueError once it is closed.
+
+    >>> with GpuMappedBuffer.from_host_visible(8192) as buffer:
+    ...     buffer.nbytes, buffer.kind.name, buffer.address % mmap.PAGESIZE
+    (8192, 'HOST_VISIBLE', 0)
+    """
+
+    __slots__ = ("__weakref__", "_kind")
+    _kind: MemoryKind
+
+    @classmethod
+    def _make(cls, kind: MemoryKind, owner: object, *, address: int = 0, nbytes: int = 0) -> Self:
+        self = cls(owner, address, nbytes)
+        self._kind = kind
+        return self
+
+    @classmethod
+    def from_bar1_peer(
+        cls, source: str | os.PathLike[str] | BinaryIO, nbytes: int, *, offset: int = 0
+    ) -> Self:
+        """Map `nbytes` of PCI peer memory from `source`, starting at its byte `offset`.
+
+        `source` is a path or an open file whose mmap gives pages of a PCI BAR (P2PDMA), such as
+        /sys/bus/pci/devices/<address>/p2pmem/allocate, of which each mapping allocates anew.
+        Whether a drive can write there shows only when it does: both must be below one PCIe switch.
+
+        Raises OSError, with cause and remedy, if the file is missing or doesn't map, ValueError
+        for a size that is not positive or a regular file, which is not peer memory.
+        """
+        if nbytes < 1:
+            raise ValueError(f"nbytes is {nbytes}: peer memory has at least 1 byte")
+        if not isinstance(source, (str, os.PathLike)):
+            return cls._map_peer(source.fileno(), getattr(source, "name", source), nbytes, offset)
+        path = os.fspath(source)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise FileNotFoundError(errno.ENOENT, _why_no_peer_memory(Sysfs()), path) from None
+        except PermissionError as error:
+            text = "peer memory needs the right to read and write this file: give it, or be root"
+            raise PermissionError(error.errno, text, path) from None
+        try:
+            return cls._map_peer(fd, path, nbytes, offset)
+        finally:
+            os.close(fd)
+
+    @classmethod
+    def _map_peer(cls, fd: int, name: object, nbytes: int, offset: int) -> Self:
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode) and status.st_dev != os.stat("/sys").st_dev:
+            raise ValueError(f"{name} is a regular file, whose pages are RAM, not PCI peer memory")
+        try:
+            mapping = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, offset=offset)
+        except OSError as error:
+            raise _mapping_error(error, name, nbytes) from None
+        return cls._make(MemoryKind.BAR1_PEER, mapping)
+
+    @classmethod
+    def from_bar1_peer_address(cls, address: int, nbytes: int, owner: object) -> Self:
+        """Take `nbytes` of peer memory that somebody else mapped at `address`.
+
+        `owner` is kept alive, and must keep the range mapped as long as it lives. The range is not
+        examined: an address that isn't mapped makes reads into it fail with EFAULT, and views of
+        it crash.
+        """
+        if address < 1 or nbytes < 1:
+            raise ValueError(
+                f"address is {address:#x}, nbytes {nbytes}: give a mapped range of at least 1 byte"
+            )
+        return cls._make(MemoryKind.BAR1_PEER, owner, address=address, nbytes=nbytes)
+
+    @classmethod
+    def from_host_visible(cls, nbytes: int, *, hugepages: bool = False) -> Self:
+        """Allocate `nbytes` of page-aligned host memory, zeroed.
+
+        With `hugepages` it is in pages of the system's huge page size, which makes registering it
+        cheaper; OSError says how to reserve them where there are not enough.
+        """
+        if nbytes < 1:
+            raise ValueError(f"nbytes is {nbytes}: a buffer has at least 1 byte")
+        if not hugepages:
+            return cls._make(MemoryKind.HOST_VISIBLE, mmap.mmap(-1, nbytes, flags=_ANONYMOUS))
+        size = Sysfs().huge_page_size()
+        pages = -(-nbytes // size)
+        try:
+            mapping = mmap.mmap(-1, pages * size, flags=_ANONYMOUS | _MAP_HUGETLB)
+        except OSError as error:
+            text = (
+                f"{os.strerror(error.errno or 0)}: {pages} huge pages of {size} bytes are not "
+                f"free; reserve them with `sysctl vm.nr_hugepages={pages}` or more, or leave "
+                "hugepages out"
+            )
+            raise OSError(error.errno, text) from None
+        return cls._make(MemoryKind.HOST_VISIBLE, memoryview(mapping)[:nbytes])
+
+    @classmethod
+    def from_object(cls, obj: Buffer) -> Self:
+        """Use the memory of `obj`: a bytearray, a NumPy array, any writable contiguous buffer.
+
+        It is kept alive, and can't be resized until this buffer is closed. Its start must be a
+        multiple of 4 for NVMe commands, and of the block size for O_DIRECT.
+        """
+        with memoryview(obj) as view:
+            if view.readonly or not view.c_contiguous or view.nbytes == 0:
+                what = "read-only" if view.readonly else "empty or not contiguous"
+                raise ValueError(
+                    f"the memory of this {type(obj).__name__} is {what}: a drive writes into "
+                    "writable, contiguous memory"
+                )
+        return cls._make(MemoryKind.HOST_VISIBLE, obj)
+
+    @property
+    def kind(self) -> MemoryKind:
+        """What the memory is."""
+        return self._kind
+
+    def view(self) -> memoryview:
+        """A writable memoryview of all bytes. `close()` waits for its release."""
+        return memoryview(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        where = "closed" if self.closed else f"{self.nbytes} bytes at {self.address:#x}"
+        return f"<{type(self).__name__} {self._kind.name}, {where}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"{type(self).__name__} is memory of this process and can't be pickled")
+
+
+# MAP_PRIVATE: a fork's child gets a copy, and never shares what the drive writes for the parent.
+_ANONYMOUS = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
+
+
+def _why_no_peer_memory(sysfs: Sysfs) -> str:
+    if sysfs.kernel_has_p2pdma() is False:
+        return (
+            "no peer memory: this kernel was built without P2PDMA; boot one with "
+            "CONFIG_PCI_P2PDMA=y (Debian's kernels have it from 7 on)"
+        )
+    providers = ", ".join(provider.address for provider in sysfs.peer_memory_providers())
+    return (
+        "no such file: give a file that maps to PCI peer memory; "
+        f"devices that lend theirs here: {providers or 'none'}"
+    )
+
+
+def _mapping_error(error: OSError, name: object, nbytes: int) -> OSError:
+    """The same error, with what it means for peer memory."""
+    meaning = {
+        errno.ENOMEM: f"fewer than {nbytes} bytes are free: see `available` beside the file",
+        errno.ENODEV: "the file can't be mapped, so it is no peer memory",
+        errno.EINVAL: "the file maps no such size and offset: try whole pages, offset 0",
+        errno.EACCES: "the file must be open for reading and writing",
+    }.get(error.errno or 0, "mapping peer memory failed")
+    return OSError(error.errno, f"{os.strerror(error.errno or 0)}: {meaning}", str(name))
