@@ -72,6 +72,10 @@ struct inflight {
     size_t on_the_way; /* taken by a caller, and not in Python's hands yet: may come back */
 };
 
+/* A table that has nothing, not even slots. */
+#define INFLIGHT_EMPTY \
+    ((struct inflight){.free_holder = NOBODY, .finished_holder = NOBODY, .last_holder = NOBODY})
+
 static inline uint32_t
 inflight_count(const struct inflight *table)
 {
@@ -84,7 +88,6 @@ inflight_init(struct inflight *table, uint32_t depth)
     table->slots = calloc(depth, sizeof(*table->slots));
     table->free_slots = calloc(depth, sizeof(*table->free_slots));
     table->depth = table->free_count = depth;
-    table->free_holder = table->finished_holder = table->last_holder = NOBODY;
     if (table->slots == NULL || table->free_slots == NULL) {
         return false;
     }

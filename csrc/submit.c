@@ -223,7 +223,7 @@ send_batch(Ring *self, struct batch *batch, PyObject *user_data)
         if (batch->first_user_data == UINT64_MAX && PyErr_Occurred()) {
             return -1;
         }
-        if (batch->count > UINT64_MAX - batch->first_user_data) {
+        if (batch->count > 0 && batch->count - 1 > UINT64_MAX - batch->first_user_data) {
             PyErr_Format(PyExc_OverflowError, "user_data %R and %zu commands: beyond 2**64-1",
                          user_data, batch->count);
             return -1;

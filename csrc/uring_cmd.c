@@ -199,6 +199,7 @@ ring_alloc(PyTypeObject *type, struct module_state *module, PyObject *buffer)
     }
     self->module = module;
     self->state = RING_CLOSED;
+    self->table = INFLIGHT_EMPTY;
     self->ring.ring_fd = self->event_fd = self->epoll_fd = -1;
     self->owner_thread = pthread_self();
     pthread_mutex_init(&self->lock, NULL);
