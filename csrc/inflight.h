@@ -22,15 +22,18 @@
 /* The way that a command goes; the order of the counters that Python reads. */
 enum way { WAY_PASSTHROUGH, WAY_FILE_DIRECT, WAY_FILE_FIXED, WAY_BUFFERED, WAYS };
 
-/* A command that the kernel has. */
+#define NOT_REGISTERED UINT16_MAX
+
+/* A command that the kernel has, and all that its SQE is made of. */
 struct slot {
     uint64_t user_data;
     uint64_t position; /* first LBA, or offset in the file */
-    uint32_t nbytes;   /* asked for */
+    uint64_t address;
+    uint32_t nbytes; /* asked for */
     uint32_t generation;
     uint32_t holder;
     uint16_t way;
-    bool registered; /* goes into a registered buffer */
+    uint16_t registered; /* the registered buffer that it goes into, or NOT_REGISTERED */
 };
 
 /* What became of a command, until the caller takes it. */

@@ -84,10 +84,11 @@ ring_reap_locked(Ring *self)
 
     io_uring_for_each_cqe(&self->ring, head, cqe) {
         struct slot *slot = inflight_find(&self->table, cqe->user_data);
-        if (slot != NULL) { /* else one of the ring's own */
+        seen++;
+        if (slot != NULL && /* else one of the ring's own */
+            !ring_resend_locked(self, slot, cqe->user_data, cqe->res)) {
             count_outcome(self, inflight_complete(&self->table, slot, cqe->res));
         }
-        seen++;
     }
     if (seen == 0) {
         return;

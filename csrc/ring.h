@@ -55,6 +55,7 @@ typedef struct {
     Py_buffer memory;    /* held until nothing is in flight; its owner can't go before */
     uint32_t registered; /* buffers registered with the kernel, each of 1 GiB but the last; or 0 */
     int register_errno;  /* why there are none */
+    _Atomic uint32_t registered_most; /* bytes of a passthrough command that goes into one */
     unsigned setup_flags;
     pthread_t owner_thread; /* the one that may call, with single_thread */
     char *fork_mark;        /* a page that holds 1, and 0 in a child after fork */
@@ -114,6 +115,12 @@ PyObject *ring_submit_read_fixed(Ring *self, PyObject *args, PyObject *kwargs);
 /* Sends what the ring needs for itself, `count` times: IORING_OP_NOP to wake the leader,
  * IORING_OP_ASYNC_CANCEL to have everything cancelled. */
 void ring_send_own_locked(Ring *self, uint8_t opcode, unsigned count);
+
+/* Whether a command that came back with `res` was sent once more, without the registered buffer. The
+ * kernel maps a registered buffer for NVMe by its pages, all that lie behind the target (6.1, EINVAL)
+ * or those of the command (later, ENOMEM), and refuses more than the drive's queue has segments;
+ * ordinary memory it maps by runs of pages, far fewer. Longer commands then go that way at once. */
+bool ring_resend_locked(Ring *self, struct slot *slot, uint64_t id, int32_t res);
 
 /* reap.c */
 

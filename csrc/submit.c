@@ -12,20 +12,19 @@
 #define SQE_BYTES 128
 #define SQE_COMMAND_OFFSET 48 /* struct io_uring_sqe, cmd[]: 80 bytes with IORING_SETUP_SQE128 */
 #define REGISTERED_SHIFT 30   /* a registered buffer has at most 1 GiB (io_uring/rsrc.c) */
-#define NOT_REGISTERED UINT32_MAX
 #define MOST_BYTES 0x7FFFF000u /* of one read: MAX_RW_COUNT, include/linux/fs.h */
 
 _Static_assert(sizeof(struct nvme_kernel_cmd) <= SQE_BYTES - SQE_COMMAND_OFFSET, "fits the SQE");
 _Static_assert(offsetof(struct io_uring_sqe, cmd) == SQE_COMMAND_OFFSET, "cmd");
 _Static_assert(IORING_OP_READ_FIXED == 4, "22 is IORING_OP_READ, which ignores buf_index");
 
-/* A checked command: all that its SQE is made of. Copied out of the caller's memory, which other
- * threads may change between the check and the last command's turn. */
+/* A checked command. Copied out of the caller's memory, which other threads may change between the
+ * check and the last command's turn. */
 struct command {
     uint64_t position;
     uint64_t address;
     uint32_t nbytes;
-    uint32_t registered; /* the registered buffer that it falls into, or NOT_REGISTERED */
+    uint16_t registered; /* the registered buffer that it falls into, or NOT_REGISTERED */
 };
 
 /* Commands of one call: one source, one way. */
@@ -42,62 +41,61 @@ struct batch {
 /* ---- Sending ----------------------------------------------------------------------------- */
 
 static void
-prepare_passthrough(struct io_uring_sqe *sqe, const Source *source, const struct command *command)
+prepare_passthrough(struct io_uring_sqe *sqe, const Source *source, const struct slot *slot)
 {
     const struct nvme_read read = {
-        .lba = command->position,
-        .address = command->address,
+        .lba = slot->position,
+        .address = slot->address,
         .nsid = source->nsid,
-        .blocks = command->nbytes >> source->lba_shift,
+        .blocks = slot->nbytes >> source->lba_shift,
     };
     struct nvme_kernel_cmd cmd;
-    kernel_cmd_fill(&cmd, &read, command->nbytes);
+    kernel_cmd_fill(&cmd, &read, slot->nbytes);
     memcpy((char *)sqe + SQE_COMMAND_OFFSET, &cmd, sizeof(cmd));
     sqe->opcode = IORING_OP_URING_CMD;
     sqe->cmd_op = NVME_URING_CMD_IO;
-    if (command->registered != NOT_REGISTERED) {
+    if (slot->registered != NOT_REGISTERED) {
         sqe->rw_flags = IORING_URING_CMD_FIXED; /* uring_cmd_flags, the same field */
     }
 }
 
 static void
-prepare_file_read(struct io_uring_sqe *sqe, const struct command *command)
+prepare_file_read(struct io_uring_sqe *sqe, const struct slot *slot)
 {
-    sqe->opcode =
-        command->registered != NOT_REGISTERED ? IORING_OP_READ_FIXED : IORING_OP_READ;
-    sqe->off = command->position;
-    sqe->addr = command->address;
-    sqe->len = command->nbytes;
+    sqe->opcode = slot->registered != NOT_REGISTERED ? IORING_OP_READ_FIXED : IORING_OP_READ;
+    sqe->off = slot->position;
+    sqe->addr = slot->address;
+    sqe->len = slot->nbytes;
 }
 
+/* The SQE of a slot whose id is `id`. There is room: slots are no more than SQEs. */
 static void
-prepare_locked(Ring *self, const struct batch *batch, uint32_t holder, size_t index)
+prepare_locked(Ring *self, const struct slot *slot, uint64_t id)
 {
-    const struct command *command = &batch->commands[index];
+    const Source *source = self->table.holders[slot->holder].source;
     struct io_uring_sqe *sqe = io_uring_get_sqe(&self->ring);
 
     memset(sqe, 0, SQE_BYTES); /* io_uring_get_sqe leaves what the last command wrote */
-    if (batch->way == WAY_PASSTHROUGH) {
-        prepare_passthrough(sqe, batch->source, command);
+    if (slot->way == WAY_PASSTHROUGH) {
+        prepare_passthrough(sqe, source, slot);
     }
     else {
-        prepare_file_read(sqe, command);
+        prepare_file_read(sqe, slot);
     }
-    sqe->fd = batch->source->fd;
-    const bool registered = command->registered != NOT_REGISTERED;
-    if (registered) {
-        sqe->buf_index = (uint16_t)command->registered;
+    sqe->fd = source->fd;
+    sqe->user_data = id;
+    if (slot->registered != NOT_REGISTERED) {
+        sqe->buf_index = slot->registered;
+        self->counters[slot->way].registered++;
     }
-    sqe->user_data = inflight_take(&self->table, (struct slot){
-        .user_data = batch->first_user_data + index,
-        .position = command->position,
-        .nbytes = command->nbytes,
-        .holder = holder,
-        .way = (uint16_t)batch->way,
-        .registered = registered,
-    });
-    self->counters[batch->way].submitted++;
-    self->counters[batch->way].registered += registered;
+    self->counters[slot->way].submitted++;
+}
+
+static void
+uncount_locked(Ring *self, const struct slot *slot)
+{
+    self->counters[slot->way].submitted--;
+    self->counters[slot->way].registered -= slot->registered != NOT_REGISTERED;
 }
 
 /* Takes back the commands that the kernel has not consumed, and returns their number. It reads the
@@ -116,8 +114,7 @@ take_back_locked(Ring *self)
         const struct io_uring_sqe *sqe = &sq->sqes[(size_t)(i & sq->ring_mask) * 2];
         struct slot *slot = inflight_find(&self->table, sqe->user_data);
         if (slot != NULL) {
-            self->counters[slot->way].submitted--;
-            self->counters[slot->way].registered -= slot->registered;
+            uncount_locked(self, slot);
             inflight_undo(&self->table, slot);
             taken_back++;
         }
@@ -162,6 +159,41 @@ ring_send_own_locked(Ring *self, uint8_t opcode, unsigned count)
     }
 }
 
+bool
+ring_resend_locked(Ring *self, struct slot *slot, uint64_t id, int32_t res)
+{
+    if (slot->registered == NOT_REGISTERED || slot->way != WAY_PASSTHROUGH ||
+        (res != -EINVAL && res != -ENOMEM)) {
+        return false;
+    }
+    if (slot->nbytes <= self->registered_most) {
+        self->registered_most = slot->nbytes - 1;
+    }
+    uncount_locked(self, slot);
+    slot->registered = NOT_REGISTERED;
+    prepare_locked(self, slot, id);
+    while (enter_locked(self) == EAGAIN) {
+    }
+    return true;
+}
+
+/* Takes a slot and an SQE for one command of a batch. */
+static void
+start_locked(Ring *self, const struct batch *batch, uint32_t holder, size_t index)
+{
+    const struct command *command = &batch->commands[index];
+    const struct slot slot = {
+        .user_data = batch->first_user_data + index,
+        .position = command->position,
+        .address = command->address,
+        .nbytes = command->nbytes,
+        .holder = holder,
+        .way = (uint16_t)batch->way,
+        .registered = command->registered,
+    };
+    prepare_locked(self, &slot, inflight_take(&self->table, slot));
+}
+
 /* Sends a batch, in as many pieces as the free slots make of it. */
 static int
 send_locked(Ring *self, struct batch *batch, uint32_t holder)
@@ -183,7 +215,7 @@ send_locked(Ring *self, struct batch *batch, uint32_t holder)
                 return NO_MEMORY;
             }
             for (size_t i = 0; i < piece; i++) {
-                prepare_locked(self, batch, holder, batch->sent + i);
+                start_locked(self, batch, holder, batch->sent + i);
             }
             Py_BEGIN_ALLOW_THREADS
             result = enter_locked(self);
@@ -264,12 +296,12 @@ send_batch(Ring *self, struct batch *batch, PyObject *user_data)
 /* ---- Checking ---------------------------------------------------------------------------- */
 
 /* The registered buffer that holds all of the range, or NOT_REGISTERED. */
-static inline uint32_t
+static inline uint16_t
 registered_buffer(const Ring *self, uint64_t offset, uint32_t nbytes)
 {
     const uint64_t first = offset >> REGISTERED_SHIFT;
     const uint64_t last = (offset + nbytes - 1) >> REGISTERED_SHIFT;
-    return first == last && first < self->registered ? (uint32_t)first : NOT_REGISTERED;
+    return first == last && first < self->registered ? (uint16_t)first : NOT_REGISTERED;
 }
 
 /* ValueError for the first command that may not be sent. Returns -1. */
@@ -334,7 +366,9 @@ check_command(const Ring *self, const Source *source, const unsigned char *wire,
     command->position = read.lba;
     command->address = read.address;
     command->nbytes = (uint32_t)nbytes;
-    command->registered = registered_buffer(self, offset, (uint32_t)nbytes);
+    command->registered = nbytes <= self->registered_most
+                              ? registered_buffer(self, offset, (uint32_t)nbytes)
+                              : NOT_REGISTERED;
     return 0;
 }
 

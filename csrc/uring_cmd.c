@@ -170,6 +170,9 @@ register_memory(Ring *self)
 {
     const size_t nbytes = (size_t)self->memory.len;
     const size_t count = (nbytes + REGISTERED_BYTES - 1) / REGISTERED_BYTES;
+    if (count >= NOT_REGISTERED) {
+        return ENOMEM;
+    }
     struct iovec *pieces = calloc(count, sizeof(*pieces));
     if (pieces == NULL) {
         return ENOMEM;
@@ -186,6 +189,7 @@ register_memory(Ring *self)
     free(pieces);
     if (result == 0) {
         self->registered = (uint32_t)count;
+        self->registered_most = UINT32_MAX;
     }
     return -result;
 }

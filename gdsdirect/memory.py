@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from gdsdirect._uring_cmd import Memory
 else:
     Memory = ring_type("Memory")
+
+_HUGE_PAGE = 2 << 20  # the smallest on every architecture that Linux runs NVMe on; alignment only
+_HUGE_ENOUGH = 512 << 10  # smaller memory fits a command's segments in single pages
 
 _MAP_HUGETLB = 0x40000  # asm-generic/mman.h; Python's mmap module names it from 3.13 on
 
@@ -120,7 +124,7 @@ class GpuMappedBuffer(Memory):
         if nbytes < 1:
             raise ValueError(f"nbytes is {nbytes}: a buffer has at least 1 byte")
         if not hugepages:
-            return cls._make(MemoryKind.HOST_VISIBLE, mmap.mmap(-1, nbytes, flags=_ANONYMOUS))
+            return cls._make(MemoryKind.HOST_VISIBLE, _anonymous_memory(nbytes))
         size = Sysfs().huge_page_size()
         pages = -(-nbytes // size)
         try:
@@ -180,6 +184,24 @@ class GpuMappedBuffer(Memory):
 
 # MAP_PRIVATE: a fork's child gets a copy, and never shares what the drive writes for the parent.
 _ANONYMOUS = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
+
+
+def _anonymous_memory(nbytes: int) -> mmap.mmap | memoryview:
+    """Whole pages, and in large memory transparent huge pages where the system has some free.
+
+    An NVMe command takes only so many runs of pages (max_segments in sysfs, about 127). In single
+    pages, commands of max_transfer bytes fail on many drives; in huge pages they are a few runs.
+    """
+    if nbytes < _HUGE_ENOUGH:
+        return mmap.mmap(-1, nbytes, flags=_ANONYMOUS)
+    whole = -(-nbytes // _HUGE_PAGE) * _HUGE_PAGE
+    mapping = mmap.mmap(-1, whole + _HUGE_PAGE, flags=_ANONYMOUS)
+    # Advice, which a kernel without huge pages refuses.
+    with contextlib.suppress(OSError):
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    # The untouched rest on both sides costs addresses, not memory.
+    start = -GpuMappedBuffer._make(MemoryKind.HOST_VISIBLE, mapping).address % _HUGE_PAGE
+    return memoryview(mapping)[start : start + nbytes]
 
 
 def _why_no_peer_memory(sysfs: Sysfs) -> str:
