@@ -27,6 +27,8 @@ _CNS_NAMESPACE, _CNS_CONTROLLER = 0, 1
 _MDTS_OFFSET = 77
 _SMALLEST_PAGE = 4096  # MDTS counts in the controller's minimum page, at least this (CAP.MPSMIN)
 
+_PAGE = 4096  # the smallest run that memory comes in
+
 # Taken where the queue's own limit is not to be had: it fits every queue that Linux sets up,
 # whatever pages the memory is in, because it needs only 33 of a queue's segments.
 _SAFE_TRANSFER = 128 << 10
@@ -232,6 +234,7 @@ class Namespace:
         "_model",
         "_path",
         "_pci_address",
+        "_safe_transfer",
         "_serial",
         "_source",
     )
@@ -248,12 +251,16 @@ class Namespace:
         self._model: str | None = None
         self._serial: str | None = None
         self._extended: bool | None = None
+        limit = _SAFE_TRANSFER
 
         if geometry is None:
-            fd, geometry = self._open_and_ask(ring)
+            fd, geometry, limit = self._open_and_ask(ring)
         else:
             fd = _open(self._path)
         self._geometry = geometry
+        self._safe_transfer = max(
+            min(geometry.max_transfer, limit - limit % geometry.lba_size), geometry.lba_size
+        )
         try:
             self._source = ring.Source(
                 fd,
@@ -268,7 +275,7 @@ class Namespace:
             os.close(fd)
             raise
 
-    def _open_and_ask(self, ring: ModuleType) -> tuple[int, Geometry]:
+    def _open_and_ask(self, ring: ModuleType) -> tuple[int, Geometry, int]:
         sysfs = Sysfs()
         self._path, number, nodes = _find_generic(self._path, sysfs)
         fd = _open(self._path)
@@ -279,7 +286,9 @@ class Namespace:
             os.close(fd)
             raise
         self._identify(nodes, sysfs)
-        return fd, geometry
+        segments = sysfs.read_int(nodes.disk, "queue/max_segments") if nodes.disk else None
+        # One segment less than there are: memory that doesn't start with a page spans one more.
+        return fd, geometry, (segments - 1) * _PAGE if segments else _SAFE_TRANSFER
 
     def _identify(self, nodes: NvmeNamespaceNodes, sysfs: Sysfs) -> None:
         for controller in nodes.controllers[:1]:
@@ -323,10 +332,19 @@ class Namespace:
     def max_transfer(self) -> int:
         """The most bytes that one command may read, a multiple of `lba_size`.
 
-        Scattered memory can take less, as the kernel also bounds the runs of pages in a command
-        (`queue/max_segments` in sysfs, about 127): 500 KiB of single pages always fit.
+        Scattered memory can take less: see `safe_transfer`.
         """
         return self._geometry.max_transfer
+
+    @property
+    def safe_transfer(self) -> int:
+        """The most bytes that one command may read whatever pages its memory is in.
+
+        The kernel also bounds the runs of pages in a command (`queue/max_segments` in sysfs, about
+        127): with single pages of 4096 bytes, longer commands fail with EINVAL. Where the device
+        was not asked, 128 KiB at most.
+        """
+        return self._safe_transfer
 
     @property
     def extended(self) -> bool | None:

@@ -38,7 +38,6 @@ attach root /root ro,cache=loose
 # The kernel's modules at their usual place (/lib is a link to usr/lib). Many hosts have no such
 # folder to mount them on, and none can be made on a read-only root: there an overlay adds it.
 if [ ! -d /root/usr/lib/modules ]; then
-    modprobe overlay
     mkdir -p /extra/modules
     mount -t overlay -o ro,lowerdir=/extra:/root/usr/lib lib /root/usr/lib ||
         give_up "cannot make /usr/lib/modules"
@@ -54,9 +53,14 @@ ln -s /proc/self/fd/2 /dev/stderr
 mount -t devpts devpts /root/dev/pts
 mount -t proc proc /root/proc
 mount -t sysfs sys /root/sys
-for folder in dev/shm run tmp; do
+for folder in dev/shm run; do
     mount -t tmpfs -o mode=1777 tmpfs "/root/$folder"
 done
+# The host's /tmp is seen, where checkouts and environments may lie, and what is written stays here.
+mkdir /written
+mount -t tmpfs tmpfs /written
+mkdir -m 1777 /written/tmp /written/work
+mount -t overlay -o lowerdir=/root/tmp,upperdir=/written/tmp,workdir=/written/work tmp /root/tmp
 if [ -f /etc/share ]; then
     share=/root$(cat /etc/share)
     mkdir -p "$share"

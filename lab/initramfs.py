@@ -15,10 +15,9 @@ from lab.tools import tool
 _INIT = Path(__file__).with_name("init.sh")
 _APPLETS = "cat chroot env ip ln ls mkdir mkfifo modprobe mount reboot sh sleep sync wc"
 
-# Loaded at boot, where the kernel has them as modules; overlay only if init.sh needs it. All
-# others are left to modprobe, which finds the kernel's whole modules folder in the guest.
-_AT_BOOT = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "nvme")
-_AT_HAND = ("overlay",)
+# Loaded at boot, where the kernel has them as modules. All others are left to modprobe, which finds
+# the kernel's whole modules folder in the guest.
+_AT_BOOT = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "nvme")
 
 # The kernel calls this when something needs a module (mount -t xfs), outside the command's root.
 _MODPROBE = b'#!/bin/sh\nexec chroot /root /sbin/modprobe "$@"\n'
@@ -72,9 +71,8 @@ def _modules(kernel: Kernel) -> Iterator[cpio.Entry]:
     needs = _dependencies(kernel)
     by_name = {_module_name(path): path for path in needs}
     at_boot = [name for name in _AT_BOOT if name in by_name]
-    at_hand = [name for name in _AT_HAND if name in by_name]
     paths = dict.fromkeys(
-        part for name in (*at_boot, *at_hand) for part in (by_name[name], *needs[by_name[name]])
+        part for name in at_boot for part in (by_name[name], *needs[by_name[name]])
     )
     home = f"lib/modules/{kernel.release}"
     index = ""

@@ -57,7 +57,7 @@ def run(
     """Run `command` as root in a virtual machine with `drives`, and wait for its end.
 
     It sees this machine's files read-only, from the same working directory and with the same
-    environment (or `env`, all of it); /tmp and /run are its own, empty. The folder `share` is
+    environment (or `env`, all of it); it can write to /tmp and /run, its own. The folder `share` is
     writable, at the same path. `output` gets what the command prints, while it runs. `append` goes
     to the kernel's command line. `timeout` is in seconds and includes the boot.
 
@@ -127,7 +127,7 @@ def _read(path: Path) -> str:
 
 
 # Mounted anew in the guest: what the host has there is not to be seen.
-_OWN = ("/dev", "/proc", "/run", "/sys", "/tmp")
+_OWN = ("/dev", "/proc", "/run", "/sys")
 
 
 def _check(command: Sequence[str], cwd: Path, share: Path | None, timeout: float) -> None:

@@ -17,7 +17,7 @@ from lab.kernels import Kernel
 from lab.tools import tool
 
 _LAST_SECONDS = 10
-_ACCELERATORS = {"tcg": ("tcg,thread=multi", "max"), "kvm": ("kvm", "host")}
+_ACCELERATORS = {"tcg": ("tcg,thread=single", "max"), "kvm": ("kvm", "host")}
 
 _KERNEL_COMMAND_LINE = (
     "console=ttyS0 loglevel=8 oops=panic panic=-1 "

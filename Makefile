@@ -1,0 +1,57 @@
+# gdsdirect. `make help` lists the targets. Each sets up what it needs: Debian packages (with sudo where
+# you are not root), and a virtual environment in .venv with the package built from this tree.
+
+PYTHON ?= python3
+# To build the package | to run the virtual machine
+PACKAGES := gcc libc6-dev liburing-dev pkg-config python3 python3-dev python3-venv ca-certificates \
+            qemu-system-x86 busybox-static kmod e2fsprogs xz-utils zstd util-linux dpkg
+
+ENVIRONMENT := .venv
+RUN := $(ENVIRONMENT)/bin/python -P
+SOURCES := pyproject.toml setup.py README.md $(wildcard csrc/*) $(wildcard gdsdirect/*)
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint packages clean
+
+help:
+	@echo "make demo                      read along every way there is, in a virtual machine, with proof"
+	@echo "make demo DEVICE=/dev/ng0n1    the same on a drive of this machine, read-only [PEER=PATH]"
+	@echo "make test                      build, install and test the package, here and on three kernels"
+	@echo "make lint                      what the code looks like: ruff, mypy"
+	@echo "make clean                     remove what was built"
+	@echo "PYTHON=… chooses the interpreter."
+
+demo: $(ENVIRONMENT)/installed
+	$(ENVIRONMENT)/bin/python -m lab.demo $(if $(DEVICE),--device $(DEVICE)) $(if $(PEER),--peer $(PEER))
+
+# In a fresh environment, and with a skip for want of anything but the kernel's own doing a failure.
+test: clean $(ENVIRONMENT)/installed
+	GDSDIRECT_REQUIRE=lab $(RUN) -m pytest $(PYTEST)
+
+lint: $(ENVIRONMENT)/installed
+	$(ENVIRONMENT)/bin/ruff check .
+	$(ENVIRONMENT)/bin/ruff format --check .
+	$(ENVIRONMENT)/bin/mypy
+
+clean:
+	rm -rf $(ENVIRONMENT) build *.egg-info
+
+# The wheel, in an environment of its own with the tools that tests need.
+$(ENVIRONMENT)/installed: $(SOURCES) | packages
+	test -x $(ENVIRONMENT)/bin/pip || $(PYTHON) -m venv $(ENVIRONMENT)
+	rm -rf build
+	CFLAGS="$(CFLAGS) -Werror" $(ENVIRONMENT)/bin/pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(ENVIRONMENT)/bin/pip install --quiet --force-reinstall --no-deps build/wheel/gdsdirect-*.whl
+	$(ENVIRONMENT)/bin/pip install --quiet "gdsdirect[dev] @ file://$$(echo $(CURDIR)/build/wheel/*.whl)"
+	touch $@
+
+packages:
+	@missing=$$(for name in $(PACKAGES); do \
+	    dpkg-query --show --showformat='$${Status}' $$name 2>/dev/null | grep -q 'ok installed' || echo $$name; \
+	done); \
+	if [ -n "$$missing" ]; then \
+	    echo "Installing Debian packages:" $$missing; \
+	    sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	    $$sudo apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq --no-install-recommends $$missing; \
+	fi

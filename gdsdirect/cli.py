@@ -1,0 +1,210 @@
+"""The command line: `gdsdirect probe` and `gdsdirect read`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import BinaryIO
+
+from gdsdirect.file import File
+from gdsdirect.memory import GpuMappedBuffer
+from gdsdirect.probe import Available, FeatureDisabled, Unavailable, probe
+from gdsdirect.stream import AsyncUringStream
+
+_BUFFER = 8 << 20  # bytes: some commands of the largest drives, at a size that peer memory has free
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes, with K, M, G or T for powers of 1024: 4096, 64K, 0x1000, 1G."""
+    unit = text[-1:].upper()
+    number = text[:-1] if unit in _UNITS else text
+    try:
+        value = int(number, 0) * _UNITS.get(unit, 1)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size: give bytes, such as 4096, 64K or 1G"
+        )
+    return value
+
+
+def parse_target(text: str) -> str | None:
+    """None for host memory, the path for peer memory."""
+    kind, _, path = text.partition(":")
+    if kind == "peer" and path:
+        return path
+    if text != "host":
+        raise argparse.ArgumentTypeError(f"{text!r} is no target: give host or peer:PATH")
+    return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gdsdirect", description="Reads NVMe into GPU-visible memory, and says the way taken."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    ask = commands.add_parser(
+        "probe",
+        help="say whether nvidia-fs is there",
+        description="Say whether nvidia-fs is there. "
+        "Exit code: 0 available, 1 unavailable, 2 this build or system has no io_uring.",
+    )
+    ask.set_defaults(run=_probe)
+
+    read = commands.add_parser(
+        "read",
+        help="read a namespace, block device or file",
+        description="Read SOURCE: an NVMe namespace (/dev/ngXnY), a block device or a file. "
+        "The way taken is said on stderr.",
+    )
+    read.add_argument("source", metavar="SOURCE", help="what to read; never written to")
+    read.add_argument("--offset", type=parse_size, default=0, metavar="BYTES", help="default 0")
+    read.add_argument("--size", type=parse_size, metavar="BYTES", help="default: to the end")
+    read.add_argument(
+        "--to",
+        type=parse_target,
+        metavar="host|peer:PATH",
+        help="memory to read into: the host's (default), or a file that maps to PCI peer memory",
+    )
+    read.add_argument("--sha256", action="store_true", help="print the bytes' SHA-256")
+    read.add_argument("--output", metavar="FILE", help="write the bytes to FILE, - for stdout")
+    read.set_defaults(run=_read)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 for an error, 2 for wrong arguments."""
+    options = _parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = options.run
+    try:
+        return run(options)
+    except BrokenPipeError:
+        # Whoever read our output has gone. Nothing is left to say, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        named = error.filename is not None and error.strerror is not None
+        what = f"{error.filename}: {error.strerror}" if named else error.strerror or error
+        print(f"gdsdirect: {what}", file=sys.stderr)
+    except (ValueError, RuntimeError) as error:
+        print(f"gdsdirect: {error}", file=sys.stderr)
+    return 1
+
+
+# ---- probe
+
+
+def _probe(_: argparse.Namespace) -> int:
+    match probe():
+        case Available(stats):
+            first = next((line.strip() for line in stats.splitlines() if line.strip()), "")
+            print(f"available: {first}")
+            return 0
+        case Unavailable(reason, _):
+            print(f"unavailable: {reason}")
+            return 1
+        case FeatureDisabled():
+            print("feature disabled: this system or this build of gdsdirect has no io_uring")
+            return 2
+    raise AssertionError("probe() has three results")
+
+
+# ---- read
+
+
+def _read(options: argparse.Namespace) -> int:
+    with File(options.source) as file, contextlib.ExitStack() as stack:
+        offset, end = _range(file, options.offset, options.size)
+        buffer = stack.enter_context(_buffer(options.to, end - offset + 2 * file.alignment))
+        stream = stack.enter_context(AsyncUringStream(buffer))
+        output = stack.enter_context(_output(options.output, options.source))
+        digest = hashlib.sha256() if options.sha256 else None
+        pieces = stack.enter_context(contextlib.closing(_pieces(file, stream, offset, end)))
+        with _progress(end - offset) as advance:
+            for piece in pieces:
+                if digest:
+                    digest.update(piece)
+                if output:
+                    output.write(piece)
+                advance(len(piece))
+        way = file.way(stream).name
+        target = "host" if options.to is None else f"peer memory of {options.to}"
+    because = f", since {file.why}" if file.why else ""
+    print(
+        f"{options.source}: {end - offset} bytes by {way} into {target}{because}", file=sys.stderr
+    )
+    if digest:
+        # Where the bytes themselves go to stdout, the digest must not be among them.
+        print(digest.hexdigest(), file=sys.stderr if options.output == "-" else sys.stdout)
+    return 0
+
+
+def _range(file: File, offset: int, size: int | None) -> tuple[int, int]:
+    end = file.size if size is None else offset + size
+    if offset > file.size or end > file.size:
+        raise ValueError(
+            f"{file.path} has {file.size} bytes: --offset {offset}"
+            + ("" if size is None else f" and --size {size}")
+            + " end beyond them"
+        )
+    return offset, end
+
+
+def _buffer(peer: str | None, wanted: int) -> GpuMappedBuffer:
+    nbytes = min(_BUFFER, -(-wanted // 4096) * 4096)
+    if peer is None:
+        return GpuMappedBuffer.from_host_visible(nbytes)
+    return GpuMappedBuffer.from_bar1_peer(peer, nbytes)
+
+
+def _pieces(
+    file: File, stream: AsyncUringStream, offset: int, end: int
+) -> Generator[memoryview, None, None]:
+    """The bytes from `offset` to `end`, a buffer at a time; each is valid until the next."""
+    room = stream.buffer.nbytes - stream.buffer.nbytes % file.alignment
+    with stream.buffer.view() as view:
+        start = offset - offset % file.alignment
+        while start < end:
+            stop = min(start + room, end + -end % file.alignment)
+            file.read_into(stream, offset=start, nbytes=stop - start)
+            with view[max(offset - start, 0) : min(stop, end) - start] as piece:
+                yield piece
+            start = stop
+
+
+@contextlib.contextmanager
+def _output(path: str | None, source: str) -> Iterator[BinaryIO | None]:
+    if path is None:
+        yield None
+    elif path == "-":
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+    else:
+        if os.path.exists(path) and os.path.samefile(path, source):
+            raise ValueError(f"--output {path} is SOURCE itself, which is never written to")
+        with open(path, "wb") as file:
+            yield file
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], object]]:
+    """A progress bar, on a terminal and with Rich installed; else nothing."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+    except ImportError:
+        yield lambda _: None
+        return
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("reading", total=total)
+        yield lambda nbytes: progress.advance(task, nbytes)

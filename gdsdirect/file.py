@@ -1,0 +1,144 @@
+"""The bytes of a namespace, block device or file, and the choice of the way they go."""
+
+from __future__ import annotations
+
+import os
+import stat
+from array import array
+from typing import TYPE_CHECKING, Self
+
+from gdsdirect._nvme_sqe import encode_nvme_read_sqes
+from gdsdirect.namespace import Namespace
+from gdsdirect.stream import DataPath
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from gdsdirect.stream import AsyncUringStream
+
+_PIECE = 1 << 20  # bytes of one read of a file: large enough that its overhead doesn't show
+_DIRECT_ALIGNMENT = 4096  # bytes; what O_DIRECT wants of offset, size and address at the most
+
+
+class File:
+    """What `path` names, open for reading: an NVMe namespace (/dev/ngXnY), a block device, a file.
+
+    A namespace is read by passthrough; everything else with O_DIRECT where its file system takes
+    that, into the registered buffer if there is one; and else through the page cache. `why` says
+    what stands in the way of a better one, or is None.
+
+    `size` is in bytes. Reads start and end at multiples of `alignment`, in the file and in the
+    buffer; only the file's end may lie between.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self.why: str | None = None
+        self._namespace: Namespace | None = None
+        self._fd = -1
+        mode = os.stat(self.path).st_mode
+        if stat.S_ISCHR(mode):
+            self._namespace = Namespace(self.path)
+            self.alignment = self._namespace.lba_size
+            self.size = self._namespace.capacity * self._namespace.lba_size
+            return
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise ValueError(
+                f"{self.path} is neither a file nor a device: give an NVMe namespace (/dev/ngXnY), "
+                "a block device or a regular file"
+            )
+        self._fd = self._open_direct()
+        self.alignment = _DIRECT_ALIGNMENT if self.why is None else 1
+        try:
+            self.size = os.lseek(self._fd, 0, os.SEEK_END)
+        except OSError as error:
+            os.close(self._fd)
+            text = f"{error.strerror}: a file without an end can't be read, such as those in /proc"
+            raise OSError(error.errno, text, self.path) from None
+
+    def _open_direct(self) -> int:
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        try:
+            return os.open(self.path, flags | os.O_DIRECT)
+        except OSError as error:
+            fd = os.open(self.path, flags)  # raises where more than O_DIRECT is in the way
+            self.why = f"its file system takes no O_DIRECT ({error.strerror})"
+            return fd
+
+    def way(self, stream: AsyncUringStream) -> DataPath:
+        """The way that bytes will go into the stream's buffer."""
+        if self._namespace is not None:
+            return DataPath.NVME_PASSTHROUGH
+        if self.why is not None:
+            return DataPath.BUFFERED
+        return DataPath.FILE_FIXED if stream.registered else DataPath.FILE_DIRECT
+
+    def read_into(
+        self, stream: AsyncUringStream, *, offset: int, nbytes: int, target_offset: int = 0
+    ) -> int:
+        """Read `nbytes` from `offset` into the stream's buffer at `target_offset`, and wait.
+
+        Returns the bytes read: fewer than `nbytes` only where the file ends. The stream must have
+        nothing else in flight. Raises the first error of any of the reads, once all are done.
+        """
+        nbytes = min(nbytes, self.size - offset)
+        if self._namespace is not None:
+            count = self._submit_commands(self._namespace, stream, offset, nbytes, target_offset)
+        else:
+            count = self._submit_reads(stream, offset, nbytes, target_offset)
+        done = sorted(stream.wait(count), key=lambda completion: completion.user_data)
+        # All but the last must be whole; the last may be asked beyond the end, up to its alignment.
+        whole = sum(completion.result() for completion in done[:-1])
+        for last in done[-1:]:
+            if whole + last.nbytes < nbytes:
+                last.result()
+        return max(nbytes, 0)
+
+    def _submit_commands(
+        self,
+        namespace: Namespace,
+        stream: AsyncUringStream,
+        offset: int,
+        nbytes: int,
+        target_offset: int,
+    ) -> int:
+        lba_size, most = namespace.lba_size, namespace.safe_transfer
+        starts = range(0, nbytes, most)
+        address = stream.buffer.address + target_offset
+        commands = encode_nvme_read_sqes(
+            namespace.nsid,
+            array("Q", [(offset + start) // lba_size for start in starts]),
+            array("I", [min(most, nbytes - start) // lba_size for start in starts]),
+            array("Q", [address + start for start in starts]),
+        )
+        return len(stream.submit_nvme_passthrough(namespace, commands))
+
+    def _submit_reads(
+        self, stream: AsyncUringStream, offset: int, nbytes: int, target_offset: int
+    ) -> int:
+        submit = stream.submit_read_fixed if stream.registered else stream.submit_read
+        starts = range(0, nbytes, _PIECE)
+        for start in starts:
+            piece = min(_PIECE, nbytes - start)
+            piece += -piece % self.alignment
+            submit(self._fd, offset + start, piece, target_offset + start)
+        return len(starts)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._namespace is not None:
+            self._namespace.close()
+        elif self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
