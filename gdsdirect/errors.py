@@ -317,6 +317,8 @@ def ring_module() -> ModuleType:
 class _NoRing:
     """Stands in for a base class of the io_uring part's where that is not built."""
 
+    __slots__ = ()
+
     def __new__(cls, *args: object, **kwargs: object) -> _NoRing:
         ring_module()
         return super().__new__(cls)
