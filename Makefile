@@ -17,7 +17,7 @@ help:
 	@echo "make demo                      read along every way there is, in a virtual machine, with proof"
 	@echo "make demo DEVICE=/dev/ng0n1    the same on a drive of this machine, read-only [PEER=PATH]"
 	@echo "make test                      build, install and test the package, here and on three kernels"
-	@echo "make lint                      what the code looks like: ruff, mypy"
+	@echo "make lint                      ruff, mypy, and the stubs against the installed package"
 	@echo "make clean                     remove what was built"
 	@echo "PYTHON=… chooses the interpreter."
 
@@ -32,6 +32,7 @@ lint: $(ENVIRONMENT)/installed
 	$(ENVIRONMENT)/bin/ruff check .
 	$(ENVIRONMENT)/bin/ruff format --check .
 	$(ENVIRONMENT)/bin/mypy
+	$(RUN) -m mypy.stubtest gdsdirect --ignore-unused-allowlist --allowlist tests/stubtest-allowlist.txt
 
 clean:
 	rm -rf $(ENVIRONMENT) build *.egg-info

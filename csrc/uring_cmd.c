@@ -265,7 +265,16 @@ ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 
 /* ---- Closing ----------------------------------------------------------------------------- */
 
-/* Gives everything back. Nothing is in flight, and no other thread is inside. */
+/* Outcomes that nobody took hold their sources still. */
+static void
+drop_outcomes_locked(Ring *self)
+{
+    while (self->table.ready > 0) {
+        holder_drop(&self->table, outcome_at(&self->table, --self->table.ready)->holder);
+    }
+}
+
+/* Gives everything back. Nothing is in flight, and no other thread comes in any more. */
 static void
 tear_down(Ring *self)
 {
@@ -277,10 +286,6 @@ tear_down(Ring *self)
         close(self->event_fd);
         close(self->epoll_fd);
         self->event_fd = self->epoll_fd = -1;
-    }
-    /* Outcomes that nobody took hold their sources still. */
-    while (self->table.ready > 0) {
-        holder_drop(&self->table, outcome_at(&self->table, --self->table.ready)->holder);
     }
     PyBuffer_Release(&self->memory);
 }
@@ -338,14 +343,15 @@ ring_close(Ring *self, PyObject *args, PyObject *kwargs)
     ring_lock(self);
     int result = self->state != RING_CLOSED ? close_locked(self, deadline) : DONE;
     uint32_t left = inflight_count(&self->table);
-    bool last = result == DONE && self->state != RING_CLOSED;
+    const bool last = result == DONE && self->state != RING_CLOSED;
     if (last) {
         self->state = RING_CLOSED; /* from here on no other thread touches the ring */
-        pthread_mutex_unlock(&self->lock);
-        tear_down(self);
-        ring_lock(self);
+        drop_outcomes_locked(self);
     }
     ring_unlock(self);
+    if (last) {
+        tear_down(self);
+    }
     if (result == ETIME) {
         return PyErr_Format(PyExc_TimeoutError,
                             "%u commands are still in flight and can't be cancelled: the stream "
@@ -405,6 +411,7 @@ ring_dealloc(Ring *self)
     }
     PyObject_GC_UnTrack(self);
     if (inflight_count(&self->table) == 0 || is_forked(self)) {
+        drop_outcomes_locked(self);
         tear_down(self);
         Source *source;
         while ((source = inflight_finished_source(&self->table)) != NULL) {

@@ -1,7 +1,7 @@
 # csrc/uring_cmd.c and its companions; the docstrings are there.
-from typing import Protocol, Self, SupportsIndex
+from typing import Protocol, Self, SupportsIndex, final
 
-from typing_extensions import Buffer
+from typing_extensions import Buffer, disjoint_base
 
 from gdsdirect.namespace import Namespace
 
@@ -10,6 +10,7 @@ class _HasFileno(Protocol):
 
 def nvme_identify(fd: int, cns: int, nsid: int, /) -> bytes: ...
 
+@disjoint_base
 class Memory:
     def __new__(cls, owner: object, address: int = 0, nbytes: int = 0) -> Self: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
@@ -22,6 +23,7 @@ class Memory:
     def closed(self) -> bool: ...
     def close(self) -> None: ...
 
+@final
 class Source:
     def __new__(
         cls,
@@ -45,6 +47,7 @@ class Source:
     def fileno(self) -> int: ...
     def close(self) -> None: ...
 
+@disjoint_base
 class Ring:
     def __new__(
         cls,

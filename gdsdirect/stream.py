@@ -53,7 +53,7 @@ _WAYS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class WayStats:
     """Reads of a stream that went one way; `submitted` are `completed`, `failed` or in flight.
 
@@ -68,7 +68,7 @@ class WayStats:
     nbytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StreamStats(WayStats):
     """The sums of a stream since it was made, and each way's own in `ways`.
 
@@ -239,7 +239,13 @@ class AsyncUringStream(Ring):
         Fewer come back when `timeout` (seconds) has passed, or when nothing is left in flight. What
         is not returned is not lost. Signal handlers run meanwhile; what they raise ends the wait.
         """
-        return [Completion(self, record) for record in self._take(count, timeout)]
+        records = self._take(count, timeout)
+        if self._waiters and self.inflight == 0:
+            # They wait for what was taken here, and no event will come any more.
+            for loop in list(self._waiters):
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(self._wake, loop)
+        return [Completion(self, record) for record in records]
 
     def poll(self) -> list[Completion]:
         """The completions that are there, without waiting."""
