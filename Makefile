@@ -43,7 +43,7 @@ $(ENVIRONMENT)/installed: $(SOURCES) | packages
 	rm -rf build
 	CFLAGS="$(CFLAGS) -Werror" $(ENVIRONMENT)/bin/pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(ENVIRONMENT)/bin/pip install --quiet --force-reinstall --no-deps build/wheel/gdsdirect-*.whl
-	$(ENVIRONMENT)/bin/pip install --quiet "gdsdirect[dev] @ file://$$(echo $(CURDIR)/build/wheel/*.whl)"
+	$(ENVIRONMENT)/bin/pip install --quiet --prefer-binary "gdsdirect[dev] @ file://$$(echo $(CURDIR)/build/wheel/*.whl)"
 	touch $@
 
 packages:

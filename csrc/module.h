@@ -42,6 +42,7 @@ typedef struct {
     uint32_t nsid;
     uint32_t lba_shift;
     uint32_t max_transfer; /* bytes */
+    uint32_t safe_transfer; /* bytes that the kernel maps whatever pages they are in */
     uint32_t metadata_size;
     uint64_t capacity; /* blocks */
     PyObject *path;

@@ -442,6 +442,7 @@ ring_look(Ring *self, PyObject *Py_UNUSED(ignored))
     const size_t ready = self->table.ready;
     const uint32_t in_flight = inflight_count(&self->table);
     self->event_seen = ready;
+    self->event_watched = in_flight > 0;
     ring_unlock(self);
     return Py_BuildValue("(nI)", (Py_ssize_t)ready, (unsigned)in_flight);
 }

@@ -78,6 +78,7 @@ typedef struct {
     int epoll_fd; /* event_fd and the ring together */
     bool event_is_set;
     size_t event_seen; /* outcomes that an asyncio waiter knows of */
+    bool event_watched; /* one waits for more, and must hear when nothing is left in flight */
 } Ring;
 
 /* In user_data of what the ring submits for itself. No slot has this index. */
@@ -105,6 +106,9 @@ void ring_unlock(Ring *self);
 
 /* The exception for an outcome other than DONE. Returns NULL. */
 PyObject *ring_raise(int outcome, const char *call);
+
+/* OSError for a system call that failed, with the words of errors.py. `path` may be NULL. */
+void ring_raise_errno(int number, const char *call, PyObject *path);
 
 /* submit.c */
 PyObject *ring_submit_nvme_passthrough(Ring *self, PyObject *const *args, Py_ssize_t nargs,

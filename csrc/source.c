@@ -78,13 +78,14 @@ static PyObject *
 source_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"fd",       "path",         "nsid",          "lba_size",
-                            "capacity", "max_transfer", "metadata_size", NULL};
+                            "capacity", "max_transfer", "safe_transfer", "metadata_size", NULL};
     int fd;
     PyObject *path;
     unsigned int nsid = 0, lba_size = 0, metadata_size = 0;
-    unsigned long long capacity = 0, max_transfer = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iU|$IIKKI:Source", names, &fd, &path, &nsid,
-                                     &lba_size, &capacity, &max_transfer, &metadata_size)) {
+    unsigned long long capacity = 0, max_transfer = 0, safe_transfer = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iU|$IIKKKI:Source", names, &fd, &path, &nsid,
+                                     &lba_size, &capacity, &max_transfer, &safe_transfer,
+                                     &metadata_size)) {
         return NULL;
     }
     int flags = fcntl(fd, F_GETFL);
@@ -100,6 +101,7 @@ source_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->nsid = nsid;
     self->capacity = capacity;
     self->metadata_size = metadata_size;
+    self->safe_transfer = safe_transfer < UINT32_MAX ? (uint32_t)safe_transfer : UINT32_MAX;
     self->is_direct = flags & O_DIRECT;
     if (nsid != 0 && source_set_bounds(self, lba_size, max_transfer) < 0) {
         Py_DECREF(self);
@@ -175,7 +177,8 @@ static PyType_Slot source_slots[] = {
     {Py_tp_methods, source_methods},
     {Py_tp_getset, source_getset},
     {Py_tp_doc, "Source(fd, path, *, nsid=0, lba_size=0, capacity=0, max_transfer=0, "
-                "metadata_size=0)\n\nAn open file that commands read from. Owns fd from then on."},
+                "safe_transfer=0, metadata_size=0)\n\n"
+                "An open file that commands read from. Owns fd from then on."},
     {0, NULL},
 };
 

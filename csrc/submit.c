@@ -366,7 +366,9 @@ check_command(const Ring *self, const Source *source, const unsigned char *wire,
     command->position = read.lba;
     command->address = read.address;
     command->nbytes = (uint32_t)nbytes;
-    command->registered = nbytes <= self->registered_most
+    /* What it can't map of a registered buffer Linux 6.12 copies, and says nothing: its own pages
+     * are then the drive's target (blk_rq_map_user_iov). Unregistered memory it maps or refuses. */
+    command->registered = nbytes <= self->registered_most && nbytes <= source->safe_transfer
                               ? registered_buffer(self, offset, (uint32_t)nbytes)
                               : NOT_REGISTERED;
     return 0;
@@ -537,7 +539,7 @@ file_source(Ring *self, PyObject *file)
     }
     int own = fcntl(fd, F_DUPFD_CLOEXEC, 0);
     if (own < 0) {
-        PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, name);
+        ring_raise_errno(errno, "duplicating the descriptor", name);
     }
     else {
         source = (Source *)PyObject_CallFunction((PyObject *)self->module->source_type, "iO", own,

@@ -15,6 +15,20 @@
 
 /* ---- Errors ------------------------------------------------------------------------------ */
 
+void
+ring_raise_errno(int number, const char *call, PyObject *path)
+{
+    PyObject *errors = PyImport_ImportModule("gdsdirect.errors");
+    PyObject *error = errors ? PyObject_CallMethod(errors, "call_error", "isO", number, call,
+                                                   path ? path : Py_None)
+                             : NULL;
+    if (error != NULL) {
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+        Py_DECREF(error);
+    }
+    Py_XDECREF(errors);
+}
+
 PyObject *
 ring_raise(int outcome, const char *call)
 {
@@ -27,13 +41,8 @@ ring_raise(int outcome, const char *call)
     case NO_MEMORY:
         PyErr_NoMemory();
         break;
-    default: {
-        PyObject *values = Py_BuildValue("(is)", outcome, call);
-        if (values != NULL) {
-            PyErr_SetObject(PyExc_OSError, values);
-            Py_DECREF(values);
-        }
-    }
+    default:
+        ring_raise_errno(outcome, call, NULL);
     }
     return NULL;
 }
@@ -86,11 +95,13 @@ ring_check_caller(Ring *self)
 
 /* ---- The lock ---------------------------------------------------------------------------- */
 
-/* event_fd is readable as long as outcomes wait that no asyncio waiter knows of. */
+/* event_fd is readable as long as outcomes wait that no asyncio waiter knows of, and when one waits
+ * for more and others took the last. */
 static void
 set_event_locked(Ring *self)
 {
-    bool wanted = self->table.ready > self->event_seen;
+    bool wanted = self->table.ready > self->event_seen ||
+                  (self->event_watched && inflight_count(&self->table) == 0);
     if (self->event_fd < 0 || wanted == self->event_is_set) {
         return;
     }
@@ -255,7 +266,12 @@ ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         call = "IORING_REGISTER_BUFFERS";
     }
     if (failed != 0) {
-        ring_raise(failed, call);
+        /* stream.py, which knows what was asked for, has the words. */
+        PyObject *values = Py_BuildValue("(is)", failed, call);
+        if (values != NULL) {
+            PyErr_SetObject(PyExc_OSError, values);
+            Py_DECREF(values);
+        }
         Py_CLEAR(self);
         return NULL;
     }
@@ -458,7 +474,7 @@ ring_fileno(Ring *self, PyObject *Py_UNUSED(ignored))
     }
     int fd = self->epoll_fd;
     ring_unlock(self);
-    return failed ? ring_raise(failed, "epoll_ctl") : PyLong_FromLong(fd);
+    return failed ? ring_raise(failed, "epoll_create1") : PyLong_FromLong(fd);
 }
 
 /* _counters() -> ((submitted, registered, completed, failed, nbytes), …), by way. */

@@ -34,6 +34,7 @@ class Source:
         lba_size: int = 0,
         capacity: int = 0,
         max_transfer: int = 0,
+        safe_transfer: int = 0,
         metadata_size: int = 0,
     ) -> Self: ...
     @property

@@ -343,8 +343,8 @@ _NO_PEER_ROUTE = (
     "memory"
 )
 _DENIED = (
-    "the command or the ring is not allowed: check the device node's permissions, "
-    "/proc/sys/kernel/io_uring_disabled and the container's seccomp profile"
+    "the command is not allowed: check the device node's permissions; before Linux 6.2 passthrough "
+    "needs CAP_SYS_ADMIN whatever they are"
 )
 _NO_PASSTHROUGH = (
     "this is not an NVMe generic character device (/dev/ngXnY), or the kernel is older than 5.19 "
@@ -380,6 +380,38 @@ _REMEDIES = {
     }.items()
     if hasattr(errno, name)
 }
+_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
+
+PROFILE = "allow io_uring_setup, io_uring_enter and io_uring_register in the container's profile"
+"""The remedy where a seccomp filter refuses one of them."""
+
+
+def no_descriptor() -> str:
+    """The limit that EMFILE and ENFILE speak of, and what to do."""
+    limit = limit_text("RLIMIT_NOFILE")
+    return f"no descriptor is free (RLIMIT_NOFILE is {limit}): close some, or raise `ulimit -n`"
+
+
+def limit_text(name: str) -> str:
+    """The soft limit of a resource, by its name in the module `resource`."""
+    import resource  # not on every system
+
+    soft, _ = resource.getrlimit(getattr(resource, name))
+    return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
+
+
+def call_error(number: int, call: str, path: str | None = None) -> OSError:
+    """The exception for a system call that failed; the ring's C code asks for it."""
+    if number in _NO_DESCRIPTOR:
+        remedy: str | None = no_descriptor()
+    elif number in (errno.EPERM, errno.EACCES):
+        remedy = f"a seccomp filter or security module refuses it: {PROFILE}"
+    else:
+        remedy = _REMEDIES.get(number)
+    text = f"{os.strerror(number)}, in {call}"
+    if remedy:
+        text += f": {remedy}"
+    return OSError(number, text) if path is None else OSError(number, text, path)
 
 
 def completion_error(

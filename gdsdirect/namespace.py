@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from types import ModuleType, TracebackType
 
-from gdsdirect.errors import ring_module
+from gdsdirect.errors import call_error, ring_module
 from gdsdirect.sysfs import Device, NvmeNamespaceNodes, Sysfs
 
 _LARGEST_NSID = 0xFFFFFFFE  # FFFFFFFFh addresses all namespaces, Base Specification 2.0, 3.2.1
@@ -269,6 +269,7 @@ class Namespace:
                 lba_size=geometry.lba_size,
                 capacity=geometry.capacity,
                 max_transfer=geometry.max_transfer,
+                safe_transfer=self._safe_transfer,
                 metadata_size=geometry.metadata_size,
             )
         except Exception:  # an interrupt, which is none, arrives when the source has taken fd over
@@ -447,13 +448,21 @@ def _access_error(error: OSError, path: str) -> OSError:
         )
     elif isinstance(error, PermissionError):
         remedy = (
-            f"reading it needs read permission on the node: run `ls -lL {path}`, join the group "
-            f"that it shows, or give the node one by a udev rule ({_UDEV_RULE}); in a container, "
-            "pass the device in with read access"
+            f"reading it needs read permission on the node{_whose(path)}: run `ls -lL {path}`, "
+            "join the group that it shows, or give the node one by a udev rule "
+            f"({_UDEV_RULE}); in a container, pass the device in with read access"
         )
     else:
-        return OSError(error.errno, error.strerror, path)
+        return call_error(error.errno or 0, "open", path)
     return OSError(error.errno, f"{error.strerror}: {remedy}", path)
+
+
+def _whose(path: str) -> str:
+    try:
+        info = os.stat(path)
+    except OSError:  # a folder on the way there is closed too
+        return ""
+    return f" (mode {stat.S_IMODE(info.st_mode):04o}, of uid {info.st_uid} and gid {info.st_gid})"
 
 
 def _require_device(fd: int, path: str, number: int | None) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Self
 
-from gdsdirect.errors import completion_error, ring_type
+from gdsdirect.errors import PROFILE, completion_error, limit_text, no_descriptor, ring_type
 from gdsdirect.memory import GpuMappedBuffer, MemoryKind
 from gdsdirect.sysfs import Sysfs
 
@@ -161,6 +161,16 @@ class Completion:
         return f"<Completion {self.user_data}: {what}, {self.nbytes} bytes>"
 
 
+class _Watch:
+    """What one event loop waits for: a descriptor that it reads, and the futures of its tasks."""
+
+    __slots__ = ("fd", "futures")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.futures: set[asyncio.Future[None]] = set()
+
+
 class AsyncUringStream(Ring):
     """One io_uring and one buffer: reads from any number of namespaces and files into it.
 
@@ -193,7 +203,7 @@ class AsyncUringStream(Ring):
     """
 
     buffer: GpuMappedBuffer
-    _waiters: dict[asyncio.AbstractEventLoop, set[asyncio.Future[None]]]
+    _watches: dict[asyncio.AbstractEventLoop, _Watch]
 
     def __new__(
         cls,
@@ -224,7 +234,7 @@ class AsyncUringStream(Ring):
                 raise _setup_error(error.errno or 0, depth, asked, Sysfs()) from None
             raise _registration_error(error.errno or 0, buffer) from None
         self.buffer = buffer
-        self._waiters = {}
+        self._watches = {}
         return self
 
     def _registration_error(self, number: int) -> OSError:
@@ -239,13 +249,7 @@ class AsyncUringStream(Ring):
         Fewer come back when `timeout` (seconds) has passed, or when nothing is left in flight. What
         is not returned is not lost. Signal handlers run meanwhile; what they raise ends the wait.
         """
-        records = self._take(count, timeout)
-        if self._waiters and self.inflight == 0:
-            # They wait for what was taken here, and no event will come any more.
-            for loop in list(self._waiters):
-                if not loop.is_closed():
-                    loop.call_soon_threadsafe(self._wake, loop)
-        return [Completion(self, record) for record in records]
+        return [Completion(self, record) for record in self._take(count, timeout)]
 
     def poll(self) -> list[Completion]:
         """The completions that are there, without waiting."""
@@ -263,29 +267,31 @@ class AsyncUringStream(Ring):
             await self._readable(loop)
 
     async def _readable(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Until there is more than `_look()` saw. One reader serves all waiters of a loop."""
-        waiters = self._waiters.setdefault(loop, set())
-        if not waiters:
-            loop.add_reader(self.fileno(), self._wake, loop)
+        """Until there is more than `_look()` saw, or nothing is left in flight."""
+        watch = self._watches.get(loop)
+        if watch is None:
+            # A descriptor of the loop's own: it stays what it is when the stream is closed.
+            watch = self._watches[loop] = _Watch(os.dup(self.fileno()))
+            loop.add_reader(watch.fd, self._wake, loop)
         future = loop.create_future()
-        waiters.add(future)
+        watch.futures.add(future)
         try:
             await future
         finally:
-            waiters.discard(future)
-            if not waiters and self._waiters.get(loop) is waiters:
-                self._forget(loop)
+            watch.futures.discard(future)
+            if not watch.futures and self._watches.get(loop) is watch:
+                self._unwatch(loop)
 
-    def _forget(self, loop: asyncio.AbstractEventLoop) -> None:
-        del self._waiters[loop]
-        if not self.closed:
-            loop.remove_reader(self.fileno())
+    def _unwatch(self, loop: asyncio.AbstractEventLoop) -> set[asyncio.Future[None]]:
+        watch = self._watches.pop(loop)
+        loop.remove_reader(watch.fd)
+        os.close(watch.fd)
+        return watch.futures
 
     def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
-        waiters = self._waiters.get(loop)
-        if waiters:
-            self._forget(loop)
-            for future in waiters:
+        """All waiters of `loop` look again. Called in the loop's own thread."""
+        if loop in self._watches:
+            for future in self._unwatch(loop):
                 if not future.done():
                     future.set_result(None)
 
@@ -302,10 +308,12 @@ class AsyncUringStream(Ring):
     # ---- The end
 
     def close(self, timeout: float | None = None) -> None:
-        for loop in list(self._waiters):
-            if not loop.is_closed():
-                self._wake(loop)
-        super().close(timeout)
+        try:
+            super().close(timeout)
+        finally:
+            for loop in list(self._watches):
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(self._wake, loop)
 
     def __enter__(self) -> Self:
         return self
@@ -339,12 +347,12 @@ def _setup_error(number: int, depth: int, options: list[str], sysfs: Sysfs) -> O
             "`sysctl kernel.io_uring_disabled=0`"
         )
     elif number in (errno.EPERM, errno.EACCES):
-        why = (
-            "a seccomp filter or security module refuses it: allow io_uring_setup, io_uring_enter "
-            "and io_uring_register in the container's profile"
-        )
+        why = f"{_filter(sysfs)} refuses it: {PROFILE}"
     elif number == errno.ENOSYS:
-        why = "this kernel has no io_uring, or a seccomp filter hides it: use Linux 5.19 or later"
+        why = (
+            f"this kernel, Linux {os.uname().release}, has no io_uring, or {_filter(sysfs)} hides "
+            f"it: use Linux 5.19 or later, or {PROFILE}"
+        )
     elif number == errno.EINVAL and options:
         why = (
             f"the kernel doesn't take {' with '.join(options)}: single_thread needs Linux 6.1 and "
@@ -353,12 +361,11 @@ def _setup_error(number: int, depth: int, options: list[str], sysfs: Sysfs) -> O
     elif number == errno.EINVAL:
         why = "the kernel doesn't know SQE128 and CQE32: use Linux 5.19 or later"
     elif number in (errno.EMFILE, errno.ENFILE):
-        limit = _limit("RLIMIT_NOFILE")
-        why = f"no descriptor is free (RLIMIT_NOFILE is {limit}): close some, or raise `ulimit -n`"
+        why = no_descriptor()
     elif number == errno.ENOMEM:
         why = (
-            f"no memory for a ring of depth {depth} (RLIMIT_MEMLOCK is {_limit('RLIMIT_MEMLOCK')} "
-            "bytes): make it less deep, or raise `ulimit -l`"
+            f"no memory for a ring of depth {depth} (RLIMIT_MEMLOCK is "
+            f"{limit_text('RLIMIT_MEMLOCK')} bytes): make it less deep, or raise `ulimit -l`"
         )
     else:
         why = "io_uring_setup failed"
@@ -377,18 +384,21 @@ def _registration_error(number: int, buffer: GpuMappedBuffer) -> OSError:
     elif number == errno.ENOMEM:
         why = (
             f"registering {buffer.nbytes} bytes exceeds RLIMIT_MEMLOCK, "
-            f"{_limit('RLIMIT_MEMLOCK')} bytes, or the memory there is: raise `ulimit -l`, or use "
-            "a smaller buffer"
+            f"{limit_text('RLIMIT_MEMLOCK')} bytes, or the memory there is: raise `ulimit -l`, or "
+            "use a smaller buffer"
         )
     elif number in (errno.EFAULT, errno.EOPNOTSUPP):
         why = "peer memory and mapped files can't be pinned for good: use submit_read"
+    elif number in (errno.EPERM, errno.EACCES):
+        why = f"{_filter(Sysfs())} refuses it: {PROFILE}, or use submit_read"
     else:
         why = "IORING_REGISTER_BUFFERS failed"
     return OSError(number, f"{os.strerror(number)}: the buffer isn't registered: {why}")
 
 
-def _limit(name: str) -> str:
-    import resource
-
-    soft, _ = resource.getrlimit(getattr(resource, name))
-    return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
+def _filter(sysfs: Sysfs) -> str:
+    """Who refuses a system call that the kernel itself would allow."""
+    status = sysfs.read("proc/self/status") or ""
+    seccomp = next((line for line in status.splitlines() if line.startswith("Seccomp:")), None)
+    known = f" ({' '.join(seccomp.split())} in /proc/self/status)" if seccomp else ""
+    return f"a seccomp filter{known} or security module"

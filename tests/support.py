@@ -1,7 +1,27 @@
 """Helpers that several tests use."""
 
+import os
+import shutil
 import subprocess
 import sys
+
+import pytest
+
+REQUIRED = frozenset(filter(None, os.environ.get("GDSDIRECT_REQUIRE", "").split(",")))
+
+_SYSTEM = ":".join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
+
+
+def needs_lab(*programs: str) -> pytest.MarkDecorator:
+    """Skip where a program that the lab needs, or one of `programs`, is not installed.
+
+    With GDSDIRECT_REQUIRE=lab nothing is skipped, so that the test fails of what is missing.
+    """
+    needed = ("qemu-system-x86_64", "busybox", *programs)
+    missing = [name for name in needed if shutil.which(name, path=_SYSTEM) is None]
+    return pytest.mark.skipif(
+        "lab" not in REQUIRED and bool(missing), reason=f"not installed: {', '.join(missing)}"
+    )
 
 
 def run_python(script: str, *arguments: str, timeout: float = 60) -> str:

@@ -177,7 +177,7 @@ def test_completion_of_a_file_read_that_is_short(result: int) -> None:
         (errno.EINTR, InterruptedError, "controller was reset"),
         (errno.EAGAIN, BlockingIOError, "fewer in flight"),
         (errno.EACCES, PermissionError, "not allowed"),
-        (errno.EPERM, PermissionError, "io_uring_disabled"),
+        (errno.EPERM, PermissionError, "CAP_SYS_ADMIN"),
     ],
 )
 def test_kernel_errors_have_their_subclass_path_and_remedy(

@@ -1,11 +1,10 @@
 """The lab: descriptions of drives, what it reads from logs and traces, and a few real boots."""
 
 import io
-import os
-import shutil
 from pathlib import Path
 
 import pytest
+from support import needs_lab
 
 import lab
 from lab import Drive, TraceRead, cpio, initramfs, kernellog, kernels, trace
@@ -234,12 +233,6 @@ def test_the_command_reaches_the_guest_as_it_is(tmp_path: Path) -> None:
 
 # Real boots
 
-needs_machine = pytest.mark.skipif(
-    "lab" not in os.environ.get("GDSDIRECT_REQUIRE", "").split(",")
-    and not all(map(shutil.which, ("qemu-system-x86_64", "busybox"))),
-    reason="needs qemu-system-x86 and busybox-static",
-)
-
 
 @pytest.fixture(params=list(kernels.SUITES))
 def kernel(request: pytest.FixtureRequest) -> str:
@@ -247,7 +240,7 @@ def kernel(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.lab
-@needs_machine
+@needs_lab()
 def test_one_run(kernel: str, tmp_path: Path) -> None:
     """Status, output, environment, share, root and drives, all in one boot of each kernel."""
     script = """
@@ -279,7 +272,7 @@ def test_one_run(kernel: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.lab
-@needs_machine
+@needs_lab()
 def test_the_trace_shows_a_read_and_the_image_is_kept(tmp_path: Path) -> None:
     image = tmp_path / "image"
     image.write_bytes(bytes(range(256)) * 4096)
@@ -317,7 +310,7 @@ for serial in ("near", "far"):
 
 
 @pytest.mark.lab
-@needs_machine
+@needs_lab()
 def test_a_peer_transfer_goes_to_the_peers_memory() -> None:
     drives = [
         Drive("peer", nsid=1, peer_memory=64 * MIB),
@@ -335,7 +328,7 @@ def test_a_peer_transfer_goes_to_the_peers_memory() -> None:
 
 
 @pytest.mark.lab
-@needs_machine
+@needs_lab()
 def test_a_crash_of_the_kernel_is_told(kernel: str, capfd: pytest.CaptureFixture[str]) -> None:
     crash = "echo before; sleep 1; echo c >/proc/sysrq-trigger"
     assert main(["run", "--kernel", kernel, "--", "sh", "-c", crash]) == lab.KERNEL_PROBLEM
@@ -345,7 +338,7 @@ def test_a_crash_of_the_kernel_is_told(kernel: str, capfd: pytest.CaptureFixture
 
 
 @pytest.mark.lab
-@needs_machine
+@needs_lab()
 def test_a_command_that_does_not_end() -> None:
     result = lab.run(["sleep", "1000"], timeout=8)
     assert result.timed_out
@@ -354,6 +347,6 @@ def test_a_command_that_does_not_end() -> None:
 
 
 @pytest.mark.lab
-@needs_machine
+@needs_lab()
 def test_a_signal_is_a_status_as_in_a_shell() -> None:
     assert lab.run(["sh", "-c", "kill -9 $$"]).status == 128 + 9

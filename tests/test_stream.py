@@ -922,6 +922,46 @@ def test_closing_wakes_async_waiters(buffer: GpuMappedBuffer, pipe: tuple[int, i
     asyncio.run(main())
 
 
+def test_async_waiters_hear_that_others_took_the_last(
+    stream: AsyncUringStream, buffer: GpuMappedBuffer, pipe: tuple[int, int]
+) -> None:
+    """By every call that takes completions, from the same thread and from another."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        takers = (stream.poll, stream.wait, lambda: stream.wait_into(bytearray(160)))
+        for take in takers:
+            for elsewhere in (False, True):
+                stream.submit_read(pipe[0], 0, 1, 0)
+                waiting = [asyncio.create_task(stream.wait_async(2)) for _ in range(3)]
+                await asyncio.sleep(0.01)
+                os.write(pipe[1], b"x")
+                taken = await loop.run_in_executor(None, stream.wait) if elsewhere else take()
+                assert taken
+                assert await asyncio.wait_for(asyncio.gather(*waiting), 10) == [[], [], []]
+
+    asyncio.run(main())
+
+
+def test_closing_from_another_thread_wakes_async_waiters(
+    buffer: GpuMappedBuffer, pipe: tuple[int, int]
+) -> None:
+    async def main() -> None:
+        before = set(os.listdir("/proc/self/fd"))
+        stream = AsyncUringStream(buffer)
+        stream.submit_read(pipe[0], 0, 1, 0)
+        waiting = asyncio.create_task(stream.wait_async())
+        await asyncio.sleep(0.02)
+        closer = threading.Thread(target=stream.close, args=(0.05,))
+        closer.start()
+        with pytest.raises(ValueError, match="closed"):
+            await asyncio.wait_for(waiting, 10)
+        closer.join()
+        assert set(os.listdir("/proc/self/fd")) <= before
+
+    asyncio.run(main())
+
+
 # ---- Memory
 
 
