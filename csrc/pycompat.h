@@ -23,6 +23,10 @@
 #define SLOT_NO_GIL
 #endif
 
+#if PY_VERSION_HEX < 0x030D0000
+#define PyLong_AsInt _PyLong_AsInt
+#endif
+
 /* Adds a note (PEP 678) to the exception that is set. */
 static inline void
 compat_add_note(PyObject *note)

@@ -80,6 +80,7 @@ void
 ring_reap_locked(Ring *self)
 {
     struct io_uring_cqe *cqe;
+    const size_t ready = self->table.ready;
     unsigned head, seen = 0;
 
     io_uring_for_each_cqe(&self->ring, head, cqe) {
@@ -94,6 +95,9 @@ ring_reap_locked(Ring *self)
         return;
     }
     io_uring_cq_advance(&self->ring, seen);
+    if (self->table.ready > ready) {
+        ring_tell_watchers_locked(self);
+    }
     if (self->has_leader) {
         /* What it waits for was consumed here, perhaps the CQEs that were to call it too. */
         ring_call_leader_locked(self);
@@ -262,8 +266,8 @@ pop_locked(Ring *self, struct outcome *into, size_t count)
     }
     table->first += count;
     table->ready -= count;
-    if (self->event_seen > table->ready) {
-        self->event_seen = table->ready;
+    if (table->ready == 0 && inflight_count(table) == 0) {
+        ring_tell_watchers_locked(self);
     }
 }
 
@@ -425,8 +429,7 @@ ring_wait_into(Ring *self, PyObject *const *args, Py_ssize_t nargs, PyObject *ke
     return result == DONE ? PyLong_FromSize_t(copied) : ring_raise(result, "io_uring_enter");
 }
 
-/* _look(): consumes what is there, and says (ready, in flight). `fileno()` is quiet afterwards
- * until there is more, so that one who waits for a number of them isn't woken by the same again. */
+/* _look(): consumes what is there, and says (ready, in flight). */
 PyObject *
 ring_look(Ring *self, PyObject *Py_UNUSED(ignored))
 {
@@ -441,8 +444,6 @@ ring_look(Ring *self, PyObject *Py_UNUSED(ignored))
     fetch_and_reap_locked(self);
     const size_t ready = self->table.ready;
     const uint32_t in_flight = inflight_count(&self->table);
-    self->event_seen = ready;
-    self->event_watched = in_flight > 0;
     ring_unlock(self);
     return Py_BuildValue("(nI)", (Py_ssize_t)ready, (unsigned)in_flight);
 }

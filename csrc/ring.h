@@ -77,8 +77,9 @@ typedef struct {
     int event_fd; /* readable: outcomes wait in the table. -1 until fileno() is asked */
     int epoll_fd; /* event_fd and the ring together */
     bool event_is_set;
-    size_t event_seen; /* outcomes that an asyncio waiter knows of */
-    bool event_watched; /* one waits for more, and must hear when nothing is left in flight */
+
+    int *watchers; /* eventfds, one for each event loop that waits: see ring_tell_watchers_locked */
+    size_t watcher_count;
 } Ring;
 
 /* In user_data of what the ring submits for itself. No slot has this index. */
@@ -138,6 +139,11 @@ int ring_wait_locked(Ring *self, unsigned awaits, int64_t deadline);
 /* Makes the leader come back, whether it sleeps in the kernel or is just about to: by as many CQEs
  * of our own as it waits for. */
 void ring_call_leader_locked(Ring *self);
+
+/* Wakes the event loops that wait for completions, to look again: there are more, nothing is left to
+ * wait for, or the stream was closed. Each has an eventfd of its own, since one that was shared would
+ * be cleared by the first to look. A CQE that nobody has consumed they see on the ring's descriptor. */
+void ring_tell_watchers_locked(Ring *self);
 
 /* Wakes the followers, to look again. */
 void ring_tell_followers_locked(Ring *self);

@@ -4,6 +4,7 @@
 #include "ring.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
@@ -95,13 +96,11 @@ ring_check_caller(Ring *self)
 
 /* ---- The lock ---------------------------------------------------------------------------- */
 
-/* event_fd is readable as long as outcomes wait that no asyncio waiter knows of, and when one waits
- * for more and others took the last. */
+/* event_fd is readable as long as outcomes wait. */
 static void
 set_event_locked(Ring *self)
 {
-    bool wanted = self->table.ready > self->event_seen ||
-                  (self->event_watched && inflight_count(&self->table) == 0);
+    bool wanted = self->table.ready > 0;
     if (self->event_fd < 0 || wanted == self->event_is_set) {
         return;
     }
@@ -328,6 +327,7 @@ close_locked(Ring *self, int64_t deadline)
 {
     self->state = RING_CLOSING;
     ring_tell_followers_locked(self);
+    ring_tell_watchers_locked(self);
     ring_reap_locked(self);
     if (self->has_leader && !self->leader_called) {
         ring_call_leader_locked(self);
@@ -437,6 +437,10 @@ ring_dealloc(Ring *self)
     if (self->fork_mark != NULL) {
         munmap(self->fork_mark, 1);
     }
+    for (size_t i = 0; i < self->watcher_count; i++) {
+        close(self->watchers[i]);
+    }
+    free(self->watchers);
     inflight_destroy(&self->table);
     pthread_mutex_destroy(&self->lock);
     type->tp_free(self);
@@ -475,6 +479,78 @@ ring_fileno(Ring *self, PyObject *Py_UNUSED(ignored))
     int fd = self->epoll_fd;
     ring_unlock(self);
     return failed ? ring_raise(failed, "epoll_create1") : PyLong_FromLong(fd);
+}
+
+void
+ring_tell_watchers_locked(Ring *self)
+{
+    const uint64_t one = 1;
+    for (size_t i = 0; i < self->watcher_count; i++) {
+        /* It fails only when 2**64 - 2 tellings were not heard, and then it is readable already. */
+        ssize_t ignored = write(self->watchers[i], &one, sizeof(one));
+        (void)ignored;
+    }
+}
+
+static int
+add_watcher_locked(Ring *self, int fd)
+{
+    int *watchers = realloc(self->watchers, (self->watcher_count + 1) * sizeof(*watchers));
+    if (watchers == NULL) {
+        return ENOMEM;
+    }
+    self->watchers = watchers;
+    self->watchers[self->watcher_count++] = fd;
+    return 0;
+}
+
+/* _watch() -> (ring, event): two descriptors for an event loop to read, the first to be closed by it
+ * and the second by _unwatch(event). */
+static PyObject *
+ring_watch(Ring *self, PyObject *Py_UNUSED(ignored))
+{
+    if (ring_check_caller(self) < 0) {
+        return NULL;
+    }
+    ring_lock(self);
+    int failed = 0, event = -1;
+    int ring = fcntl(self->ring.ring_fd, F_DUPFD_CLOEXEC, 0);
+    if (ring < 0 || (event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0) {
+        failed = errno;
+    }
+    else {
+        failed = add_watcher_locked(self, event);
+    }
+    ring_unlock(self);
+    if (failed == 0) {
+        return Py_BuildValue("(ii)", ring, event);
+    }
+    if (ring >= 0) {
+        close(ring);
+    }
+    if (event >= 0) {
+        close(event);
+    }
+    return ring_raise(failed, "eventfd");
+}
+
+static PyObject *
+ring_unwatch(Ring *self, PyObject *event)
+{
+    int fd = PyLong_AsInt(event);
+    if ((fd == -1 && PyErr_Occurred()) || check_process(self) < 0) {
+        return NULL;
+    }
+    ring_lock(self);
+    for (size_t i = 0; i < self->watcher_count; i++) {
+        if (self->watchers[i] == fd) {
+            self->watchers[i] = self->watchers[--self->watcher_count];
+            close(fd);
+            break;
+        }
+    }
+    ring_unlock(self);
+    Py_RETURN_NONE;
 }
 
 /* _counters() -> ((submitted, registered, completed, failed, nbytes), …), by way. */
@@ -612,6 +688,8 @@ static PyMethodDef ring_methods[] = {
     {"close", KEYWORDS(ring_close), METH_VARARGS | METH_KEYWORDS, close_doc},
     {"fileno", (PyCFunction)ring_fileno, METH_NOARGS, fileno_doc},
     {"_take", (PyCFunction)ring_take, METH_VARARGS, NULL},
+    {"_watch", (PyCFunction)ring_watch, METH_NOARGS, NULL},
+    {"_unwatch", (PyCFunction)ring_unwatch, METH_O, NULL},
     {"_look", (PyCFunction)ring_look, METH_NOARGS, NULL},
     {"_counters", (PyCFunction)ring_counters, METH_NOARGS, NULL},
     {NULL},

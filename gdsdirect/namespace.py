@@ -7,6 +7,7 @@ import os
 import stat
 import struct
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType, TracebackType
 
@@ -398,11 +399,12 @@ class Namespace:
     ) -> None:
         self.close()
 
-    def __del__(self) -> None:
+    def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:
+        # `warn` is bound here: at the interpreter's end the module may be gone before this is.
         if not hasattr(self, "_source") or self.closed:  # never opened, or closed as it should be
             return
         try:
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
+            warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
         finally:
             self.close()
 

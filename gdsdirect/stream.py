@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Mapping
@@ -162,12 +163,13 @@ class Completion:
 
 
 class _Watch:
-    """What one event loop waits for: a descriptor that it reads, and the futures of its tasks."""
+    """What one event loop waits with: two descriptors to read, and the futures of its tasks."""
 
-    __slots__ = ("fd", "futures")
+    __slots__ = ("event", "futures", "ring")
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
+    def __init__(self, ring: int, event: int) -> None:
+        self.ring = ring
+        self.event = event
         self.futures: set[asyncio.Future[None]] = set()
 
 
@@ -264,36 +266,44 @@ class AsyncUringStream(Ring):
             ready, flying = self._look()
             if ready >= count or flying == 0:
                 return self.poll()
-            await self._readable(loop)
+            await self._news(loop)
 
-    async def _readable(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Until there is more than `_look()` saw, or nothing is left in flight."""
+    async def _news(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Until there is more to look at: see ring_tell_watchers_locked in csrc/ring.h."""
         watch = self._watches.get(loop)
         if watch is None:
-            # A descriptor of the loop's own: it stays what it is when the stream is closed.
-            watch = self._watches[loop] = _Watch(os.dup(self.fileno()))
-            loop.add_reader(watch.fd, self._wake, loop)
+            watch = self._watches[loop] = _Watch(*self._watch())
+            loop.add_reader(watch.ring, self._wake, watch)
+            loop.add_reader(watch.event, self._wake, watch)
+            # What came before the descriptors were there.
+            loop.call_soon(self._wake, watch)
         future = loop.create_future()
         watch.futures.add(future)
         try:
             await future
         finally:
             watch.futures.discard(future)
-            if not watch.futures and self._watches.get(loop) is watch:
-                self._unwatch(loop)
+            if not watch.futures:
+                self._end_watch(loop, watch)
 
-    def _unwatch(self, loop: asyncio.AbstractEventLoop) -> set[asyncio.Future[None]]:
-        watch = self._watches.pop(loop)
-        loop.remove_reader(watch.fd)
-        os.close(watch.fd)
-        return watch.futures
+    def _end_watch(self, loop: asyncio.AbstractEventLoop, watch: _Watch) -> None:
+        if self._watches.get(loop) is watch:
+            del self._watches[loop]
+            loop.remove_reader(watch.ring)
+            loop.remove_reader(watch.event)
+            os.close(watch.ring)
+            self._unwatch(watch.event)
 
-    def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
-        """All waiters of `loop` look again. Called in the loop's own thread."""
-        if loop in self._watches:
-            for future in self._unwatch(loop):
-                if not future.done():
-                    future.set_result(None)
+    @staticmethod
+    def _wake(watch: _Watch) -> None:
+        """All tasks of a loop look again."""
+        if not watch.futures:  # it has ended, and its descriptors are closed
+            return
+        with contextlib.suppress(BlockingIOError):
+            os.read(watch.event, 8)
+        for future in watch.futures:
+            if not future.done():
+                future.set_result(None)
 
     # ---- Facts
 
@@ -306,14 +316,6 @@ class AsyncUringStream(Ring):
         return StreamStats(submitted, registered, completed, failed, nbytes, ways=ways)
 
     # ---- The end
-
-    def close(self, timeout: float | None = None) -> None:
-        try:
-            super().close(timeout)
-        finally:
-            for loop in list(self._watches):
-                if not loop.is_closed():
-                    loop.call_soon_threadsafe(self._wake, loop)
 
     def __enter__(self) -> Self:
         return self
