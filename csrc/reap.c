@@ -281,11 +281,11 @@ outcome_tuple(const struct outcome *outcome, Source *source)
                          (PyObject *)source);
 }
 
-/* The outcomes that are ready, as a list of tuples; all of them stay ready if that fails. */
+/* The outcomes that are ready, `most` at most, as a list of tuples; all stay ready if that fails. */
 static PyObject *
-take_ready(Ring *self)
+take_ready(Ring *self, size_t most)
 {
-    const size_t count = self->table.ready;
+    const size_t count = self->table.ready < most ? self->table.ready : most;
     struct taken {
         struct outcome outcome;
         Source *source;
@@ -328,15 +328,15 @@ take_ready(Ring *self)
     return list;
 }
 
-/* _take(count, timeout): at least `count` outcomes, or fewer when time is up or nothing is left
- * in flight: [(user_data, res, nbytes, expected, position, way, source)]. */
+/* _take(count, timeout, most=…): at least `count` outcomes, or fewer when time is up or nothing is
+ * left in flight: [(user_data, res, nbytes, expected, position, way, source)]. */
 PyObject *
 ring_take(Ring *self, PyObject *args)
 {
-    Py_ssize_t count;
+    Py_ssize_t count, most = PY_SSIZE_T_MAX;
     PyObject *timeout;
     int64_t deadline;
-    if (!PyArg_ParseTuple(args, "nO:_take", &count, &timeout) ||
+    if (!PyArg_ParseTuple(args, "nO|n:_take", &count, &timeout, &most) ||
         ring_deadline(timeout, &deadline) < 0) {
         return NULL;
     }
@@ -351,7 +351,7 @@ ring_take(Ring *self, PyObject *args)
         ring_unlock(self);
         return ring_raise(result, "io_uring_enter");
     }
-    return take_ready(self);
+    return take_ready(self, (size_t)most);
 }
 
 static size_t

@@ -268,6 +268,25 @@ class AsyncUringStream(Ring):
                 return self.poll()
             await self._news(loop)
 
+    def __aiter__(self) -> Self:
+        """`async for completion in stream:` until nothing is left in flight."""
+        return self
+
+    async def __anext__(self) -> Completion:
+        # One at a time: what a loop that is left early has not seen stays in the stream.
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        while True:
+            ready, flying = self._look()
+            if ready:
+                for record in self._take(0, None, 1):  # none, if another thread was faster
+                    return Completion(self, record)
+            elif flying:
+                await self._news(loop)
+            else:
+                raise StopAsyncIteration
+
     async def _news(self, loop: asyncio.AbstractEventLoop) -> None:
         """Until there is more to look at: see ring_tell_watchers_locked in csrc/ring.h."""
         watch = self._watches.get(loop)

@@ -642,6 +642,89 @@ print("end")
     assert out == "end\n"
 
 
+def test_exec_with_work_in_flight() -> None:
+    """The new program has neither the ring nor its other descriptors."""
+    out = run_python("""
+import os, sys
+from gdsdirect import AsyncUringStream, GpuMappedBuffer
+r, w = os.pipe()
+stream = AsyncUringStream(GpuMappedBuffer.from_host_visible(1 << 20))
+stream.fileno()
+for i in range(100):
+    stream.submit_read(r, 0, 1, i)
+os.execv("/bin/ls", ["ls", "-l", "/proc/self/fd"])
+""")
+    assert "/proc/" in out
+    assert "io_uring" not in out
+    assert "event" not in out
+
+
+def test_two_streams_on_one_buffer(
+    buffer: GpuMappedBuffer, namespace: Namespace, pipe: tuple[int, int]
+) -> None:
+    one, two = AsyncUringStream(buffer), AsyncUringStream(buffer, depth=2)
+    one.submit_read(pipe[0], 0, 4, 0)
+    two.submit_nvme_passthrough(namespace, commands(buffer, 20))
+    assert len(two.wait(20)) == 20
+    two.close()
+    with pytest.raises(BufferError, match="in use by 1 "):
+        buffer.close()
+    os.write(pipe[1], b"data")
+    assert one.wait()[0].result() == 4
+    one.close()
+    with buffer.view() as view:
+        assert view[:4] == b"data"
+
+
+IN_AN_INTERPRETER = """
+from gdsdirect import *
+geometry = Geometry(nsid=3, lba_size=512, capacity=1000, max_transfer=65536)
+with (
+    Namespace('/dev/null', geometry=geometry) as namespace,
+    GpuMappedBuffer.from_host_visible(1 << 20) as buffer,
+    AsyncUringStream(buffer, depth=8) as stream,
+):
+    batch = encode_nvme_read_sqe(3, 0, 8, buffer.address) * 50
+    for _ in range(20):
+        tokens = stream.submit_nvme_passthrough(namespace, batch)
+        assert [c.user_data for c in stream.wait(50)] == list(tokens)
+    try:
+        stream.submit_nvme_passthrough(namespace, bytes(64))
+    except ValueError:
+        pass
+    else:
+        raise SystemExit('not refused')
+"""
+
+IN_FOUR_INTERPRETERS = """
+import sys, threading
+def work(done):
+    if sys.version_info >= (3, 13):
+        import _interpreters as interpreters
+        number = interpreters.create('isolated')
+        error = interpreters.exec(number, sys.argv[1])
+        assert error is None, error
+    else:
+        import _xxsubinterpreters as interpreters
+        number = interpreters.create()
+        interpreters.run_string(number, sys.argv[1])
+    interpreters.destroy(number)
+    done.append(1)
+done = []
+threads = [threading.Thread(target=work, args=(done,)) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(len(done))
+"""
+
+
+def test_subinterpreters() -> None:
+    """Each in a thread of its own, and from 3.13 on with a GIL of its own."""
+    assert run_python(IN_FOUR_INTERPRETERS, IN_AN_INTERPRETER) == "4\n"
+
+
 def test_fork_is_refused_and_the_parent_unharmed(
     stream: AsyncUringStream, buffer: GpuMappedBuffer, namespace: Namespace, pipe: tuple[int, int]
 ) -> None:
@@ -850,6 +933,51 @@ def test_wait_async(
         return sorted(c.user_data for c in done)
 
     assert asyncio.run(main()) == [0, 1, 2, 3]
+
+
+def test_async_iteration(
+    stream: AsyncUringStream, buffer: GpuMappedBuffer, namespace: Namespace, pipe: tuple[int, int]
+) -> None:
+    """To the end of what is in flight; what a loop that is left early hasn't seen is not lost."""
+
+    async def main() -> None:
+        tokens = [*stream.submit_nvme_passthrough(namespace, commands(buffer, 20))]
+        blocked = stream.submit_read(pipe[0], 0, 1, 0)
+        seen = []
+        async for completion in stream:
+            seen.append(completion.user_data)
+            if len(seen) == 7:
+                break
+        assert stream.inflight == 14
+        asyncio.get_running_loop().call_later(0.02, os.write, pipe[1], b"x")
+        async for completion in stream:
+            seen.append(completion.user_data)
+        assert seen == [*tokens, blocked]
+
+    asyncio.run(main())
+
+
+def test_uvloop(buffer: GpuMappedBuffer, namespace: Namespace, pipe: tuple[int, int]) -> None:
+    uvloop = pytest.importorskip("uvloop", reason="uvloop has no wheel for this interpreter")
+
+    async def main() -> None:
+        with AsyncUringStream(buffer) as stream:
+            tokens = {stream.submit_read(pipe[0], 0, 1, i) for i in range(3)}
+            loop = asyncio.get_running_loop()
+            assert type(loop).__module__.startswith("uvloop")
+            for i in range(3):
+                loop.call_later(0.01 * (i + 1), os.write, pipe[1], b"x")
+            assert {c.user_data for c in await asyncio.wait_for(stream.wait_async(3), 10)} == tokens
+            tokens = {*stream.submit_nvme_passthrough(namespace, commands(buffer, 9))}
+            assert {c.user_data async for c in stream} == tokens
+            token = stream.submit_read(pipe[0], 0, 1, 0)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(stream.wait_async(), 0.02)
+            os.write(pipe[1], b"x")
+            assert [c.user_data for c in await stream.wait_async()] == [token]
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
 
 
 def test_a_cancelled_wait_loses_nothing(
