@@ -12,8 +12,6 @@ from gdsdirect.namespace import Namespace
 from gdsdirect.stream import DataPath
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from gdsdirect.stream import AsyncUringStream
 
 _PIECE = 1 << 20  # bytes of one read of a file: large enough that its overhead doesn't show
@@ -135,10 +133,5 @@ class File:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()

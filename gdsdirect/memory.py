@@ -14,8 +14,6 @@ from gdsdirect.errors import ring_type
 from gdsdirect.sysfs import Sysfs
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from typing_extensions import Buffer
 
     from gdsdirect._uring_cmd import Memory
@@ -166,12 +164,7 @@ class GpuMappedBuffer(Memory):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

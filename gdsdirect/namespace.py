@@ -9,7 +9,7 @@ import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType, TracebackType
+from types import ModuleType
 
 from gdsdirect.errors import call_error, ring_module
 from gdsdirect.sysfs import Device, NvmeNamespaceNodes, Sysfs
@@ -391,12 +391,7 @@ class Namespace:
             raise ValueError(f"the namespace {self._path} is closed")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:

@@ -16,7 +16,6 @@ from gdsdirect.sysfs import Sysfs
 
 if TYPE_CHECKING:
     import asyncio
-    from types import TracebackType
 
     from gdsdirect._uring_cmd import Ring, Source
 else:
@@ -339,12 +338,7 @@ class AsyncUringStream(Ring):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
