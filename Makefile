@@ -11,12 +11,14 @@ RUN := $(ENVIRONMENT)/bin/python -P
 SOURCES := pyproject.toml setup.py README.md $(wildcard csrc/*) $(wildcard gdsdirect/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint packages clean
+.PHONY: help demo test sanitize fuzz lint packages clean
 
 help:
 	@echo "make demo                      read along every way there is, in a virtual machine, with proof"
 	@echo "make demo DEVICE=/dev/ng0n1    the same on a drive of this machine, read-only [PEER=PATH]"
 	@echo "make test                      build, install and test the package, here and on three kernels"
+	@echo "make sanitize                  the same tests of the ring under ASan and UBSan, and with debug allocators"
+	@echo "make fuzz FUZZ_SECONDS=60      random commands against the rules, on /dev/null"
 	@echo "make lint                      ruff, mypy, and the stubs against the installed package"
 	@echo "make clean                     remove what was built"
 	@echo "PYTHON=… chooses the interpreter."
@@ -28,6 +30,22 @@ demo: $(ENVIRONMENT)/installed
 test: clean $(ENVIRONMENT)/installed
 	GDSDIRECT_REQUIRE=lab $(RUN) -m pytest $(PYTEST)
 
+# AddressSanitizer must be the process's first library. Leaks are looked for by tests/test_leaks.py, since
+# CPython itself leaves memory at its end.
+RING_TESTS := tests/test_stream.py tests/test_memory.py tests/test_nvme_sqe.py tests/test_state_machine.py
+ASAN := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g
+sanitize:
+	$(MAKE) ENVIRONMENT=.venv-sanitize CFLAGS="$(ASAN)" LDFLAGS="$(ASAN)" .venv-sanitize/installed
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
+	    GDSDIRECT_REQUIRE=lab .venv-sanitize/bin/python -P -m pytest $(RING_TESTS) tests/test_in_lab.py
+	$(MAKE) $(ENVIRONMENT)/installed
+	PYTHONMALLOC=debug $(RUN) -X dev -m pytest $(RING_TESTS)
+
+FUZZ_SECONDS ?= 60
+fuzz: $(ENVIRONMENT)/installed
+	$(RUN) tests/fuzz_passthrough.py --seconds $(FUZZ_SECONDS)
+
 lint: $(ENVIRONMENT)/installed
 	$(ENVIRONMENT)/bin/ruff check .
 	$(ENVIRONMENT)/bin/ruff format --check .
@@ -35,7 +53,7 @@ lint: $(ENVIRONMENT)/installed
 	$(RUN) -m mypy.stubtest gdsdirect --ignore-unused-allowlist --allowlist tests/stubtest-allowlist.txt
 
 clean:
-	rm -rf $(ENVIRONMENT) build *.egg-info
+	rm -rf $(ENVIRONMENT) .venv-sanitize build *.egg-info
 
 # The wheel, in an environment of its own with the tools that tests need.
 $(ENVIRONMENT)/installed: $(SOURCES) | packages
@@ -44,6 +62,7 @@ $(ENVIRONMENT)/installed: $(SOURCES) | packages
 	CFLAGS="$(CFLAGS) -Werror" $(ENVIRONMENT)/bin/pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(ENVIRONMENT)/bin/pip install --quiet --force-reinstall --no-deps build/wheel/gdsdirect-*.whl
 	$(ENVIRONMENT)/bin/pip install --quiet --prefer-binary "gdsdirect[dev] @ file://$$(echo $(CURDIR)/build/wheel/*.whl)"
+	-$(ENVIRONMENT)/bin/pip install --quiet --only-binary=:all: uvloop
 	touch $@
 
 packages:

@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <unistd.h>
 
 #include "nvme_abi.h"
@@ -310,7 +311,8 @@ refuse(const Ring *self, const Source *source, Py_ssize_t index, const struct nv
 {
     const uint64_t nbytes = (uint64_t)read->blocks << source->lba_shift;
     const unsigned long long lba = read->lba;
-    const void *address = (void *)(uintptr_t)read->address;
+    char address[19]; /* PyErr_Format knows no %llx before Python 3.12, and %p a "(nil)" */
+    snprintf(address, sizeof(address), "0x%llx", (unsigned long long)read->address);
 
     if (read->nsid != source->nsid) {
         PyErr_Format(PyExc_ValueError, "command %zd: namespace_id is %u, and %S has %u", index,
@@ -331,13 +333,13 @@ refuse(const Ring *self, const Source *source, Py_ssize_t index, const struct nv
     }
     else if (read->address & 3) {
         PyErr_Format(PyExc_ValueError,
-                     "command %zd: dest_bar1_ptr %p is not a multiple of 4: the drive can't "
+                     "command %zd: dest_bar1_ptr %s is not a multiple of 4: the drive can't "
                      "write there, and the kernel would copy",
                      index, address);
     }
     else {
         PyErr_Format(PyExc_ValueError,
-                     "command %zd: dest_bar1_ptr %p and %llu bytes lie outside the stream's "
+                     "command %zd: dest_bar1_ptr %s and %llu bytes lie outside the stream's "
                      "buffer, %zd bytes at %p",
                      index, address, (unsigned long long)nbytes, self->memory.len,
                      self->memory.buf);

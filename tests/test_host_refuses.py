@@ -420,11 +420,11 @@ def switches_in_the_guest() -> None:
             use_ring()  # it joined
 
     DISABLED.write_text("2")
-    words = "kernel.io_uring_disabled is 2", "run `sysctl kernel.io_uring_disabled=0`"
-    may_not(*words)
+    nobody = "kernel.io_uring_disabled is 2", "run `sysctl kernel.io_uring_disabled=0`"
+    may_not(*nobody)
     with ordinary_user(group) as inside:
         if inside:
-            may_not(*words)
+            may_not(*nobody)
 
     DISABLED.write_text("0")  # what sysctl does
     use_ring()
