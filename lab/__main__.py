@@ -6,6 +6,13 @@
 Exit statuses of `run`, where they are not the command's own: 70, the kernel log tells of a bug, a
 warning or a crash, whatever the command said; 124, not done in time; 125, the machine could not be
 made or did not boot; 2, a wrong argument.
+
+A command can have its drives unplugged and others plugged in: in the guest,
+
+    exec 3<>/dev/lab; echo unplug data >&3; read answer <&3
+
+leaves `ok` in $answer, or `error` and why not. The other request is `plug SERIAL BYTES`, a drive of
+that size into the slot of one that is out. More of it in lab/control.py.
 """
 
 import argparse

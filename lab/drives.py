@@ -39,6 +39,8 @@ class Drive:
     """On a root port of its own, not behind the switch that all others share."""
     read_errors: tuple[int, ...] = ()
     """Blocks that cannot be read (unrecovered read error)."""
+    iops: int = 0
+    """Commands a second that it executes at most, to have some in flight for long; 0: no limit."""
 
     def __post_init__(self) -> None:
         for wrong in self._faults():
@@ -77,6 +79,8 @@ class Drive:
                 f"peer_memory is {self.peer_memory}; use 0, or a power of two of at least "
                 f"{_LEAST_PEER_MEMORY} bytes"
             )
+        if self.iops < 0:
+            yield f"iops is {self.iops}; use 0 for no limit, or commands a second"
         yield from self._size_faults()
 
     def _size_faults(self) -> Iterator[str]:
@@ -104,7 +108,7 @@ def make_images(drives: Sequence[Drive], folder: Path) -> None:
     """The files in `folder` that hold zeros; they take no space until written to."""
     for drive in drives:
         if drive.contents is None:
-            with _image(drive, folder).open("wb") as file:
+            with image_of(drive, folder).open("wb") as file:
                 file.truncate(drive.size)
 
 
@@ -121,12 +125,13 @@ def qemu_arguments(drives: Sequence[Drive], folder: Path) -> list[str]:
     for place, drive in enumerate(drives, 2):
         below = "pcie-root-port" if drive.own_root_port else "xio3130-downstream,bus=switch-port"
         arguments += ["-device", f"{below},id={drive.serial}.port,chassis={place},slot={place}"]
-        arguments += ["-drive", _backend(drive, _image(drive, folder))]
+        arguments += ["-drive", _backend(drive, image_of(drive, folder))]
         arguments += ["-device", _controller(drive), "-device", _namespace(drive)]
     return arguments
 
 
-def _image(drive: Drive, folder: Path) -> Path:
+def image_of(drive: Drive, folder: Path) -> Path:
+    """The file with what is on a drive."""
     return folder / f"{drive.serial}.image" if drive.contents is None else drive.contents.resolve()
 
 
@@ -134,6 +139,8 @@ def _backend(drive: Drive, image: Path) -> str:
     options = [f"if=none,id={drive.serial}.image,format=raw,cache=unsafe"]
     if drive.contents is not None:
         options.append("snapshot=on")
+    if drive.iops:
+        options.append(f"throttling.iops-total={drive.iops}")
     path = escaped(image)
     if not drive.read_errors:
         return ",".join([*options, f"file={path}"])

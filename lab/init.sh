@@ -70,6 +70,8 @@ ip link set lo up
 
 wait_for 10 "the port for the output" test -c /dev/vport0p1
 wait_for 10 "the port for the status" test -c /dev/vport0p2
+wait_for 10 "the port for requests" test -c /dev/vport0p3
+ln -s vport0p3 /dev/lab
 wait_for 30 "one of the drives" drives_are_there
 
 # A pipe between the command and the port: a port can be opened only once, and programs open

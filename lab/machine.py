@@ -59,7 +59,8 @@ def run(
     It sees this machine's files read-only, from the same working directory and with the same
     environment (or `env`, all of it); it can write to /tmp and /run, its own. The folder `share` is
     writable, at the same path. `output` gets what the command prints, while it runs. `append` goes
-    to the kernel's command line. `timeout` is in seconds and includes the boot.
+    to the kernel's command line. `timeout` is in seconds and includes the boot. What the command
+    writes to /dev/lab has drives unplugged and plugged in: see lab.control.
 
     ValueError: an argument cannot be. LabError: the machine could not be made or did not boot.
     """

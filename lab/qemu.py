@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab import trace
+from lab.control import Control
 from lab.drives import Drive, escaped, qemu_arguments
 from lab.errors import LabError
 from lab.image import bootable
@@ -48,8 +49,10 @@ class Machine:
         """What the machine boots into; to be written first."""
         return self.folder / "initramfs"
 
-    def arguments(self) -> list[str]:
-        """QEMU's command line. Port 1 goes to QEMU's own stdout, port 2 to the file `answer`."""
+    def arguments(self, control: Control) -> list[str]:
+        """QEMU's command line. Port 1 goes to QEMU's own stdout, port 2 to the file `answer`,
+        port 3 to `control`.
+        """
         accelerator, cpu = _ACCELERATORS[self.accel]
         return [
             *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
@@ -63,6 +66,7 @@ class Machine:
             *("-device", "virtserialport,bus=ports.0,nr=1,chardev=output"),
             *("-chardev", f"file,id=status,path={escaped(self.folder / 'answer')}"),
             *("-device", "virtserialport,bus=ports.0,nr=2,chardev=status"),
+            *control.arguments(),
             *_shared("root", Path("/"), "readonly=on,multidevs=remap"),
             *_shared("modules", self.kernel.modules.parent, "readonly=on"),
             *(_shared("share", self.share, "multidevs=remap") if self.share else ()),
@@ -74,11 +78,17 @@ class Machine:
     def boot(self, timeout: float, on_output: Callable[[bytes], object]) -> bool:
         """Run until the guest ends (True) or `timeout` seconds have passed (False)."""
         deadline = time.monotonic() + timeout
-        with self._process() as qemu:
+        with Control(self.drives, self.folder) as control, self._process(control) as qemu:
             assert qemu.stdout is not None
             output = qemu.stdout.fileno()
             while (left := deadline - time.monotonic()) > 0:
-                if select.select([output], [], [], left)[0]:
+                ends = control.sockets
+                waited = [output, *(end.fileno() for end in ends)]
+                readable = select.select(waited, [], [], left)[0]
+                for end in ends:
+                    if end.fileno() in readable:
+                        control.receive(end)
+                if output in readable:
                     data = os.read(output, 1 << 16)
                     if not data:  # QEMU is gone
                         return True
@@ -91,19 +101,27 @@ class Machine:
         said = answer.read_text() if answer.exists() else ""
         return int(said) if said else None
 
+    def _environment(self) -> dict[str, str]:
+        """QEMU's own: what is preloaded is for the command, such as a sanitizer's library."""
+        environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
+        environment["TMPDIR"] = str(self.folder)  # for what drives must not keep
+        return environment
+
     @contextmanager
-    def _process(self) -> Iterator[subprocess.Popen[bytes]]:
+    def _process(self, control: Control) -> Iterator[subprocess.Popen[bytes]]:
         # Should this process be killed, the kernel kills QEMU with it.
         command = [tool("setpriv"), "--pdeathsig", "KILL", tool("qemu-system-x86_64")]
         with (self.folder / "errors").open("wb") as errors:
             qemu = subprocess.Popen(
-                [*command, *self.arguments()],
+                [*command, *self.arguments(control)],
                 stdin=subprocess.PIPE,  # never written; at its end the output port would close
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env={**os.environ, "TMPDIR": str(self.folder)},  # for what drives must not keep
+                pass_fds=control.descriptors,
+                env=self._environment(),
             )
         try:
+            control.started()
             yield qemu
         finally:
             _end(qemu)

@@ -1,13 +1,18 @@
 """The lab: descriptions of drives, what it reads from logs and traces, and a few real boots."""
 
 import io
+import json
+import os
+import select
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support import needs_lab
 
 import lab
-from lab import Drive, TraceRead, cpio, initramfs, kernellog, kernels, trace
+from lab import Drive, TraceRead, control, cpio, initramfs, kernellog, kernels, trace
 from lab.__main__ import drive, main
 from lab.drives import check_together, qemu_arguments
 
@@ -43,6 +48,7 @@ def arguments(*drives: Drive) -> str:
         ("peer_memory", -MIB),
         ("read_errors", (-1,)),
         ("read_errors", (64 * MIB // 512,)),
+        ("iops", -1),
     ],
 )
 def test_a_wrong_field_is_named_with_its_value(field: str, value: object) -> None:
@@ -99,6 +105,138 @@ def test_read_errors_are_given_in_sectors() -> None:
     made = arguments(Drive(block_size=4096, read_errors=(2, 5)))
     assert "inject-error.0.sector=16," in made
     assert "inject-error.1.sector=40," in made
+
+
+def test_a_slow_drive() -> None:
+    assert "throttling.iops-total=40," in arguments(Drive(iops=40))
+    assert "throttling" not in arguments(Drive())
+
+
+# Requests
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ("", "no request ''; there are unplug, plug"),
+        ("jump data", "no request 'jump'"),
+        ("unplug", "the request is unplug SERIAL"),
+        ("unplug data now", "the request is unplug SERIAL"),
+        ("plug data", "the request is plug SERIAL BYTES"),
+        ("unplug other", "no drive has the serial 'other'"),
+        ("plug data lots", "'lots' is not a number of bytes"),
+        ("plug data -512", "'-512' is not a number of bytes"),
+    ],
+)
+def test_a_wrong_request(request_: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        control.understood(request_, {"data": Drive()})
+
+
+class Monitor:
+    """Plays QEMU's part: the far ends of a Control's sockets."""
+
+    def __init__(self, made: control.Control) -> None:
+        self.control = made
+        self.guest, self.monitor = (
+            socket.socket(fileno=os.dup(descriptor)) for descriptor in made.descriptors
+        )
+        made.started()
+        assert json.loads(self.monitor.recv(4096)) == {"execute": "qmp_capabilities"}
+
+    def guest_says(self, data: bytes) -> None:
+        self.guest.sendall(data)
+        self._pass_on()
+
+    def says(self, **message: object) -> None:
+        self.monitor.sendall(json.dumps(message).encode() + b"\r\n")
+        self._pass_on()
+
+    def asked(self) -> list[tuple[str, dict[str, object]]]:
+        """What was asked of the monitor."""
+        lines = _read(self.monitor).splitlines()
+        return [(line["execute"], line["arguments"]) for line in map(json.loads, lines)]
+
+    def answers(self) -> list[str]:
+        """What the guest got."""
+        return _read(self.guest).decode().splitlines()
+
+    def _pass_on(self) -> None:
+        while ready := select.select(self.control.sockets, [], [], 0)[0]:
+            for end in ready:
+                self.control.receive(end)
+
+
+def _read(end: socket.socket) -> bytes:
+    return end.recv(1 << 16) if select.select([end], [], [], 0)[0] else b""
+
+
+@pytest.fixture
+def monitor() -> Iterator[Monitor]:
+    with control.Control([Drive("one"), Drive("two")], Path("images")) as made:
+        played = Monitor(made)
+        yield played
+        played.guest.close()
+        played.monitor.close()
+
+
+def test_requests_are_answered_in_their_order(monitor: Monitor) -> None:
+    """One after the other, whatever the monitor says meanwhile, and however the lines arrive."""
+    monitor.guest_says(b"unplug one\nunplug two\nju")
+    monitor.guest_says(b"mp\n")
+    assert monitor.asked() == [("device_del", {"id": "one"})]
+    monitor.says(event="RESUME")
+    assert monitor.answers() == []
+    monitor.says(id="request", **{"return": {}})
+    assert monitor.asked() == [("device_del", {"id": "two"})]
+    monitor.says(id="request", error={"desc": "it is\nstuck"})
+    assert monitor.answers() == [
+        "ok",
+        "error it is stuck",
+        "error there is no request 'jump'; there are unplug, plug",
+    ]
+
+
+def test_only_an_empty_slot_takes_a_drive(monitor: Monitor) -> None:
+    monitor.guest_says(b"plug one 512\n")
+    assert monitor.answers() == ["error one is in its slot: unplug it, and wait until it is out"]
+    monitor.says(event="DEVICE_DELETED", data={"path": "/machine", "device": "one"})
+    for wrong in (b"0", b"513", b"%d" % (64 * MIB + 512)):
+        monitor.guest_says(b"plug one " + wrong + b"\n")
+        assert monitor.answers()[0].startswith(f"error {wrong.decode()} bytes for one: use blocks")
+    for failed in (True, False):
+        monitor.guest_says(b"plug one 1024\n")
+        assert [name for name, _ in monitor.asked()] == ["blockdev-add"]
+        monitor.says(id="request", **{"return": {}})
+        assert [name for name, _ in monitor.asked()] == ["device_add"]
+        outcome = {"error": {"desc": "no"}} if failed else {"return": {}}
+        monitor.says(id="request", **outcome)
+        assert monitor.answers() == ["error no" if failed else "ok"]
+    monitor.guest_says(b"plug one 1024\n")
+    assert monitor.answers()[0].startswith("error one is in its slot")
+
+
+def test_a_guest_that_reads_no_answers_stops_nothing(
+    monitor: Monitor,
+) -> None:
+    monitor.control._guest.settimeout(0.01)
+    monitor.guest.settimeout(0.1)
+
+    def flood() -> None:
+        while True:
+            monitor.guest_says(b"jump\n" * 1000)
+
+    with pytest.raises(TimeoutError):  # nobody takes its requests any more
+        flood()
+    assert monitor.control.sockets == [monitor.control._monitor]
+
+
+def test_the_end_of_qemu_is_no_error(monitor: Monitor) -> None:
+    monitor.guest_says(b"unplug one\n")
+    monitor.guest.close()
+    monitor.monitor.close()
+    monitor._pass_on()
+    assert monitor.control.sockets == []
 
 
 # Traces and logs
@@ -289,6 +427,58 @@ def test_the_trace_shows_a_read_and_the_image_is_kept(tmp_path: Path) -> None:
     assert [(read.nsid, read.nbytes) for read in reads] == [(7, 8192)]
     assert sum(nbytes for _, nbytes in reads[0].addresses) == 8192
     assert image.read_bytes() == bytes(range(256)) * 4096
+
+
+REQUESTS = """
+import glob, os, select, time
+
+def ask(request):
+    os.write(lab, request.encode() + b"\\n")
+    assert select.select([lab], [], [], 10)[0], "no answer"
+    return os.read(lab, 4096).decode().strip()
+
+def wait_for(drives):
+    deadline = time.monotonic() + 10
+    while len(glob.glob("/sys/class/nvme/*/nvme*n*")) != drives:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+lab = os.open("/dev/lab", os.O_RDWR)
+print(ask("jump"))
+print(ask("unplug three"))
+print(ask("plug one 4096"))
+for serial in ("one", "two"):
+    print(serial, ask(f"unplug {serial}"))
+wait_for(0)
+while (answer := ask("plug two 4096")) != "ok":
+    assert "is in its slot" in answer
+wait_for(1)
+(size,) = glob.glob("/sys/class/nvme/*/nvme*n*/size")
+print(open(size).read().strip())
+with open("/dev/" + size.split("/")[-2], "rb") as drive:
+    print(drive.read().hex()[-16:])
+"""
+
+
+@pytest.mark.lab
+@needs_lab()
+def test_drives_are_unplugged_and_plugged_in_on_request(tmp_path: Path) -> None:
+    """Behind the switch and on a port of its own; a wrong request is answered too."""
+    image = tmp_path / "image"
+    image.write_bytes(bytes(4088) + b"the end." + bytes(MIB - 4096))
+    drives = [Drive("one", own_root_port=True), Drive("two", nsid=2, contents=image)]
+    result = lab.run(["/usr/bin/python3", "-ISc", REQUESTS], drives=drives)
+    assert result.output.splitlines() == [
+        "error there is no request 'jump'; there are unplug, plug",
+        "error no drive has the serial 'three'",
+        "error one is in its slot: unplug it, and wait until it is out",
+        "one ok",
+        "two ok",
+        "8",
+        b"the end.".hex(),
+    ]
+    assert result.status == 0
+    assert result.kernel_problems == ()
 
 
 PEER_READ = """

@@ -4,11 +4,14 @@ What was read into which memory is written to the shared folder, where test_in_l
 with what the drives themselves were told.
 """
 
+import contextlib
 import json
 import os
+import select
 import struct
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -99,13 +102,15 @@ class Expected:
     """A command into a registered buffer has all of it mapped, from its target to the end."""
 
 
-def _load() -> tuple[dict[str, Drive], Expected]:
-    told: dict[str, Any] = json.loads((FOLDER / "machine.json").read_text())
-    drives = {drive["serial"]: Drive(**drive) for drive in told["drives"]}
-    return drives, Expected(**told["expected"])
+def _load(which: str) -> dict[str, Drive]:
+    return {drive["serial"]: Drive(**drive) for drive in _TOLD[which]}
 
 
-DRIVES, EXPECTED = _load()
+_TOLD: dict[str, Any] = json.loads((FOLDER / "machine.json").read_text())
+EXPECTED = Expected(**_TOLD["expected"])
+DRIVES = _load("drives")
+VICTIMS = _load("victims")
+"""Drives that test_faults.py does something to; they may not be there any more."""
 READABLE = [name for name, it in DRIVES.items() if not it.metadata and not it.read_errors]
 
 # ---- Reads
@@ -189,6 +194,59 @@ def fill(buffer: GpuMappedBuffer, byte: int) -> bytes:
     with buffer.view() as view:
         view[:] = pattern = bytes([byte]) * len(view)
     return pattern
+
+
+# ---- The machine
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not in {seconds} s: {what}"
+        time.sleep(0.01)
+
+
+def answer_to(request: str) -> str:
+    """What the lab says to a request, which lab/control.py describes."""
+    answer = b""
+    with open("/dev/lab", "r+b", buffering=0) as port:
+        port.write(request.encode() + b"\n")
+        while not answer.endswith(b"\n"):
+            assert select.select([port], [], [], 10)[0], f"no answer to {request!r}"
+            answer += port.read(4096)
+    return answer.decode().strip()
+
+
+def is_there(drive: Drive) -> bool:
+    """Whether the kernel has a drive of this serial, with its namespace."""
+    with contextlib.suppress(LookupError, OSError):
+        return bool(list(replace(drive).controller.glob("ng*n*")))
+    return False
+
+
+_CAPABILITIES = 0x34  # linux/pci_regs.h
+_EXPRESS = 0x10
+_SLOT_CONTROL = 0x18
+_POWER_OFF = 0x0700  # PCI_EXP_SLTCTL_PCC and PCI_EXP_SLTCTL_PWR_IND_OFF
+
+
+def pull(drive: Drive) -> None:
+    """Take a drive, on a root port of its own, out at once, and then have the kernel find it gone.
+
+    QEMU's slots take the drive away when their power is switched off; this machine's kernel, which
+    has ACPI look after the slots, isn't told, as it would be by hardware.
+    """
+    device = Path("/sys/bus/pci/devices", drive.pci_address)
+    with open(device.resolve().parent / "config", "r+b", buffering=0) as port:
+        config = port.read(256)
+        at = config[_CAPABILITIES]
+        while config[at] != _EXPRESS:
+            at = config[at + 1]
+        (before,) = struct.unpack_from("<H", config, at + _SLOT_CONTROL)
+        port.seek(at + _SLOT_CONTROL)
+        port.write(struct.pack("<H", before | _POWER_OFF))
+    assert (device / "config").read_bytes()[:2] == b"\xff\xff", "it is still there"
+    (device / "remove").write_text("1")
 
 
 def interrupts(drive: Drive) -> int:
