@@ -866,6 +866,29 @@ def test_a_waiting_thread_stops_nobody(
     assert sorted(seen) == [*range(100), 1000, 1001, 1002]
 
 
+def test_each_of_several_waiting_threads_is_woken(
+    stream: AsyncUringStream, buffer: GpuMappedBuffer, pipe: tuple[int, int]
+) -> None:
+    """One of them waits in the kernel; when it has its completion, another takes its place."""
+    tokens = [stream.submit_read(pipe[0], 0, 1, i) for i in range(4)]
+    taken: list[int] = []
+    waiters = [
+        threading.Thread(target=lambda: taken.extend(c.user_data for c in stream.wait()))
+        for _ in range(4)
+    ]
+    for waiter in waiters:
+        waiter.start()
+    for count in range(1, 5):
+        os.write(pipe[1], b"x")
+        deadline = time.monotonic() + 10
+        while len(taken) < count:
+            assert time.monotonic() < deadline, f"{count} completions, {len(taken)} handed out"
+            time.sleep(0.001)
+    for waiter in waiters:
+        waiter.join(10)
+    assert sorted(taken) == tokens
+
+
 def test_close_wakes_those_who_wait(buffer: GpuMappedBuffer, pipe: tuple[int, int]) -> None:
     stream = AsyncUringStream(buffer)
     for i in range(3):
