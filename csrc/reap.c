@@ -95,6 +95,7 @@ ring_reap_locked(Ring *self)
         return;
     }
     io_uring_cq_advance(&self->ring, seen);
+    self->arrival_consumed = true;
     if (self->table.ready > ready) {
         ring_tell_watchers_locked(self);
     }
@@ -104,12 +105,13 @@ ring_reap_locked(Ring *self)
     }
 }
 
-/* With these flags the kernel posts CQEs only while a thread asks for them. */
+/* Consumes also what the kernel posts only when it is asked. */
 static void
 fetch_and_reap_locked(Ring *self)
 {
-    if (self->setup_flags & (IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_IOPOLL)) {
+    if (self->setup_flags & IORING_SETUP_IOPOLL || ring_has_deferred(self)) {
         io_uring_get_events(&self->ring);
+        self->arrival_consumed = true; /* even if no CQE came of it */
     }
     ring_reap_locked(self);
 }

@@ -75,8 +75,11 @@ typedef struct {
     _Atomic uint32_t news;
 
     int event_fd; /* readable: outcomes wait in the table. -1 until fileno() is asked */
-    int epoll_fd; /* event_fd and the ring together */
+    int epoll_fd; /* event_fd and the arrivals' descriptor together */
     bool event_is_set;
+
+    int arrival_fd; /* signalled by the kernel: see arrival_fd_locked. -1 until it is needed */
+    bool arrival_consumed; /* since arrival_fd was cleared */
 
     int *watchers; /* eventfds, one for each event loop that waits: see ring_tell_watchers_locked */
     size_t watcher_count;
@@ -102,7 +105,8 @@ ring_lock(Ring *self)
  * forked child, and in another thread than the one that a single_thread ring belongs to. */
 int ring_check_caller(Ring *self);
 
-/* Frees the lock, lets go of sources that nothing needs any more, and sets `event_fd`. */
+/* Frees the lock, lets go of sources that nothing needs any more, and sets the descriptors that say
+ * whether completions wait. */
 void ring_unlock(Ring *self);
 
 /* The exception for an outcome other than DONE. Returns NULL. */
@@ -128,6 +132,13 @@ void ring_send_own_locked(Ring *self, uint8_t opcode, unsigned count);
 bool ring_resend_locked(Ring *self, struct slot *slot, uint64_t id, int32_t res);
 
 /* reap.c */
+
+/* Whether the kernel has CQEs that are not in the CQ yet, which it posts when it is entered. */
+static inline bool
+ring_has_deferred(const Ring *self)
+{
+    return IO_URING_READ_ONCE(*self->ring.sq.kflags) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW);
+}
 
 /* Consumes the CQEs that are there. */
 void ring_reap_locked(Ring *self);

@@ -141,6 +141,14 @@ enter_locked(Ring *self)
     return result == 0 && io_uring_sq_ready(&self->ring) > 0 ? EAGAIN : 0;
 }
 
+/* The same, until the kernel has memory for it. */
+static void
+enter_at_last_locked(Ring *self)
+{
+    while (enter_locked(self) == EAGAIN) {
+    }
+}
+
 void
 ring_send_own_locked(Ring *self, uint8_t opcode, unsigned count)
 {
@@ -156,8 +164,7 @@ ring_send_own_locked(Ring *self, uint8_t opcode, unsigned count)
             sqe->cancel_flags = IORING_ASYNC_CANCEL_ANY | IORING_ASYNC_CANCEL_ALL;
         }
     }
-    while (enter_locked(self) == EAGAIN) {
-    }
+    enter_at_last_locked(self);
 }
 
 bool
@@ -173,8 +180,7 @@ ring_resend_locked(Ring *self, struct slot *slot, uint64_t id, int32_t res)
     uncount_locked(self, slot);
     slot->registered = NOT_REGISTERED;
     prepare_locked(self, slot, id);
-    while (enter_locked(self) == EAGAIN) {
-    }
+    enter_at_last_locked(self);
     return true;
 }
 

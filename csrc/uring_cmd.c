@@ -112,11 +112,30 @@ set_event_locked(Ring *self)
     }
 }
 
+/* arrival_fd is readable as long as there are CQEs to consume. Cleared first and looked for after,
+ * so that one that comes between the two is not missed. */
+static void
+clear_arrivals_locked(Ring *self)
+{
+    uint64_t value;
+    if (self->arrival_fd < 0 || !self->arrival_consumed) {
+        return;
+    }
+    self->arrival_consumed = false;
+    ssize_t ignored = read(self->arrival_fd, &value, sizeof(value));
+    if (io_uring_cq_ready(&self->ring) > 0 || ring_has_deferred(self)) {
+        value = 1;
+        ignored = write(self->arrival_fd, &value, sizeof(value));
+    }
+    (void)ignored; /* a counter that is 0 already, or as high as it gets: both are right */
+}
+
 void
 ring_unlock(Ring *self)
 {
     for (;;) {
         set_event_locked(self);
+        clear_arrivals_locked(self);
         Source *finished = inflight_finished_source(&self->table);
         bool more = self->table.finished_holder != NOBODY;
         pthread_mutex_unlock(&self->lock);
@@ -214,7 +233,7 @@ ring_alloc(PyTypeObject *type, struct module_state *module, PyObject *buffer)
     self->module = module;
     self->state = RING_CLOSED;
     self->table = INFLIGHT_EMPTY;
-    self->ring.ring_fd = self->event_fd = self->epoll_fd = -1;
+    self->ring.ring_fd = self->event_fd = self->epoll_fd = self->arrival_fd = -1;
     self->owner_thread = pthread_self();
     pthread_mutex_init(&self->lock, NULL);
     if (PyObject_GetBuffer(buffer, &self->memory, PyBUF_WRITABLE) < 0) {
@@ -255,7 +274,9 @@ ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     self->setup_flags =
-        (single_thread ? IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN : 0) |
+        (single_thread ? IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
+                             IORING_SETUP_TASKRUN_FLAG
+                       : 0) |
         (sqpoll ? IORING_SETUP_SQPOLL : 0) | (iopoll ? IORING_SETUP_IOPOLL : 0);
     int failed = open_ring(self, (uint32_t)depth);
     const char *call = "io_uring_setup";
@@ -301,6 +322,10 @@ tear_down(Ring *self)
         close(self->event_fd);
         close(self->epoll_fd);
         self->event_fd = self->epoll_fd = -1;
+    }
+    if (self->arrival_fd >= 0) {
+        close(self->arrival_fd);
+        self->arrival_fd = -1;
     }
     PyBuffer_Release(&self->memory);
 }
@@ -447,35 +472,85 @@ ring_dealloc(Ring *self)
     Py_DECREF(type);
 }
 
-/* ---- Attributes -------------------------------------------------------------------------- */
+/* ---- Descriptors for event loops --------------------------------------------------------- */
+
+/* A descriptor that is readable while there are CQEs to consume: the ring's own, if the kernel wakes
+ * those who poll it. With DEFER_TASKRUN it does not for completions that it deferred (6.18; only 6.1
+ * did), but signals an eventfd that is registered. -1 with errno set. */
+static int
+arrival_fd_locked(Ring *self)
+{
+    if (!(self->setup_flags & IORING_SETUP_DEFER_TASKRUN)) {
+        return self->ring.ring_fd;
+    }
+    if (self->arrival_fd < 0) {
+        int event = eventfd(1, EFD_CLOEXEC | EFD_NONBLOCK); /* 1: what is there already */
+        int failed = event < 0 ? -errno : io_uring_register_eventfd(&self->ring, event);
+        if (failed < 0) {
+            if (event >= 0) {
+                close(event);
+            }
+            errno = -failed;
+            return -1;
+        }
+        self->arrival_fd = event;
+        self->arrival_consumed = true;
+    }
+    return self->arrival_fd;
+}
+
+/* Whether anything wakes those who sleep until completions come. */
+static int
+check_wakes(Ring *self)
+{
+    if (ring_check_caller(self) < 0) {
+        return -1;
+    }
+    if (self->setup_flags & IORING_SETUP_IOPOLL) {
+        PyErr_SetString(PyExc_ValueError,
+                        "a stream with iopoll=True has no descriptor that becomes readable, since "
+                        "nothing completes until it polls: use wait() or poll()");
+        return -1;
+    }
+    return 0;
+}
+
+/* Makes event_fd and epoll_fd. 0 or a positive errno. */
+static int
+open_events_locked(Ring *self)
+{
+    struct epoll_event readable = {.events = EPOLLIN};
+    const int arrivals = arrival_fd_locked(self);
+    if (arrivals < 0) {
+        return errno;
+    }
+    const int event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    const int epoll = epoll_create1(EPOLL_CLOEXEC);
+    if (event < 0 || epoll < 0 ||
+        epoll_ctl(epoll, EPOLL_CTL_ADD, event, &readable) < 0 ||
+        epoll_ctl(epoll, EPOLL_CTL_ADD, arrivals, &readable) < 0) {
+        const int failed = errno;
+        if (event >= 0) {
+            close(event);
+        }
+        if (epoll >= 0) {
+            close(epoll);
+        }
+        return failed;
+    }
+    self->event_fd = event;
+    self->epoll_fd = epoll;
+    return 0;
+}
 
 static PyObject *
 ring_fileno(Ring *self, PyObject *Py_UNUSED(ignored))
 {
-    if (ring_check_caller(self) < 0) {
+    if (check_wakes(self) < 0) {
         return NULL;
     }
-    int failed = 0;
     ring_lock(self);
-    if (self->event_fd < 0) {
-        int event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-        int epoll = epoll_create1(EPOLL_CLOEXEC);
-        struct epoll_event readable = {.events = EPOLLIN};
-        if (event < 0 || epoll < 0 || epoll_ctl(epoll, EPOLL_CTL_ADD, event, &readable) < 0 ||
-            epoll_ctl(epoll, EPOLL_CTL_ADD, self->ring.ring_fd, &readable) < 0) {
-            failed = errno;
-            if (event >= 0) {
-                close(event);
-            }
-            if (epoll >= 0) {
-                close(epoll);
-            }
-        }
-        else {
-            self->event_fd = event;
-            self->epoll_fd = epoll;
-        }
-    }
+    int failed = self->event_fd < 0 ? open_events_locked(self) : 0;
     int fd = self->epoll_fd;
     ring_unlock(self);
     return failed ? ring_raise(failed, "epoll_create1") : PyLong_FromLong(fd);
@@ -504,18 +579,19 @@ add_watcher_locked(Ring *self, int fd)
     return 0;
 }
 
-/* _watch() -> (ring, event): two descriptors for an event loop to read, the first to be closed by it
+/* _watch() -> (arrivals, event): two descriptors for an event loop to read, the first to be closed by it
  * and the second by _unwatch(event). */
 static PyObject *
 ring_watch(Ring *self, PyObject *Py_UNUSED(ignored))
 {
-    if (ring_check_caller(self) < 0) {
+    if (check_wakes(self) < 0) {
         return NULL;
     }
     ring_lock(self);
     int failed = 0, event = -1;
-    int ring = fcntl(self->ring.ring_fd, F_DUPFD_CLOEXEC, 0);
-    if (ring < 0 || (event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0) {
+    int arrivals = arrival_fd_locked(self);
+    if (arrivals < 0 || (arrivals = fcntl(arrivals, F_DUPFD_CLOEXEC, 0)) < 0 ||
+        (event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0) {
         failed = errno;
     }
     else {
@@ -523,10 +599,10 @@ ring_watch(Ring *self, PyObject *Py_UNUSED(ignored))
     }
     ring_unlock(self);
     if (failed == 0) {
-        return Py_BuildValue("(ii)", ring, event);
+        return Py_BuildValue("(ii)", arrivals, event);
     }
-    if (ring >= 0) {
-        close(ring);
+    if (arrivals >= 0) {
+        close(arrivals);
     }
     if (event >= 0) {
         close(event);
@@ -552,6 +628,8 @@ ring_unwatch(Ring *self, PyObject *event)
     ring_unlock(self);
     Py_RETURN_NONE;
 }
+
+/* ---- Attributes -------------------------------------------------------------------------- */
 
 /* _counters() -> ((submitted, registered, completed, failed, nbytes), …), by way. */
 static PyObject *

@@ -164,10 +164,10 @@ class Completion:
 class _Watch:
     """What one event loop waits with: two descriptors to read, and the futures of its tasks."""
 
-    __slots__ = ("event", "futures", "ring")
+    __slots__ = ("arrivals", "event", "futures")
 
-    def __init__(self, ring: int, event: int) -> None:
-        self.ring = ring
+    def __init__(self, arrivals: int, event: int) -> None:
+        self.arrivals = arrivals
         self.event = event
         self.futures: set[asyncio.Future[None]] = set()
 
@@ -291,7 +291,7 @@ class AsyncUringStream(Ring):
         watch = self._watches.get(loop)
         if watch is None:
             watch = self._watches[loop] = _Watch(*self._watch())
-            loop.add_reader(watch.ring, self._wake, watch)
+            loop.add_reader(watch.arrivals, self._wake, watch)
             loop.add_reader(watch.event, self._wake, watch)
             # What came before the descriptors were there.
             loop.call_soon(self._wake, watch)
@@ -307,9 +307,9 @@ class AsyncUringStream(Ring):
     def _end_watch(self, loop: asyncio.AbstractEventLoop, watch: _Watch) -> None:
         if self._watches.get(loop) is watch:
             del self._watches[loop]
-            loop.remove_reader(watch.ring)
+            loop.remove_reader(watch.arrivals)
             loop.remove_reader(watch.event)
-            os.close(watch.ring)
+            os.close(watch.arrivals)
             self._unwatch(watch.event)
 
     @staticmethod

@@ -214,6 +214,32 @@ def test_fileno_is_readable_while_completions_wait(
     assert not readable()
 
 
+@pytest.mark.parametrize("single_thread", [False, True])
+def test_fileno_becomes_readable_when_a_read_in_flight_completes(
+    buffer: GpuMappedBuffer, namespace: Namespace, pipe: tuple[int, int], single_thread: bool
+) -> None:
+    """Also for one that was watched before, and with completions that the kernel defers."""
+    with AsyncUringStream(buffer, depth=4, single_thread=single_thread) as stream:
+
+        def readable(timeout: float = 0) -> bool:
+            return bool(select.select([stream], [], [], timeout)[0])
+
+        assert not readable()
+        for _ in range(20):
+            stream.submit_read(pipe[0], 0, 1, 0)
+            stream.submit_read(pipe[0], 0, 1, 1)
+            assert not readable()
+            os.write(pipe[1], b"x")
+            assert readable(10)
+            assert len(stream.poll()) == 1
+            assert not readable()
+            os.write(pipe[1], b"x")
+            assert len(stream.wait()) == 1
+            assert not readable()
+        stream.submit_nvme_passthrough(namespace, commands(buffer, 9))
+        assert readable()
+
+
 # ---- Files
 
 
@@ -943,19 +969,27 @@ def test_options_that_do_not_go_together(buffer: GpuMappedBuffer) -> None:
 # ---- asyncio
 
 
-def test_wait_async(
-    stream: AsyncUringStream, buffer: GpuMappedBuffer, pipe: tuple[int, int]
-) -> None:
+@pytest.mark.parametrize("single_thread", [False, True])
+def test_wait_async(buffer: GpuMappedBuffer, pipe: tuple[int, int], single_thread: bool) -> None:
     async def main() -> list[int]:
-        for i in range(4):
-            stream.submit_read(pipe[0], 0, 1, i)
-        loop = asyncio.get_running_loop()
-        for i in range(4):
-            loop.call_later(0.02 * (i + 1), os.write, pipe[1], b"x")
-        done = await asyncio.wait_for(stream.wait_async(4), 10)
-        return sorted(c.user_data for c in done)
+        with AsyncUringStream(buffer, single_thread=single_thread) as stream:
+            for i in range(4):
+                stream.submit_read(pipe[0], 0, 1, i)
+            loop = asyncio.get_running_loop()
+            for i in range(4):
+                loop.call_later(0.02 * (i + 1), os.write, pipe[1], b"x")
+            done = await asyncio.wait_for(stream.wait_async(4), 10)
+            return sorted(c.user_data for c in done)
 
     assert asyncio.run(main()) == [0, 1, 2, 3]
+
+
+def test_a_polled_stream_wakes_nobody(buffer: GpuMappedBuffer) -> None:
+    with (
+        AsyncUringStream(buffer, iopoll=True) as stream,
+        pytest.raises(ValueError, match="iopoll=True has no descriptor"),
+    ):
+        stream.fileno()
 
 
 def test_async_iteration(

@@ -231,7 +231,8 @@ def test_wait_into(data: Namespace, buffer: GpuMappedBuffer) -> None:
     assert records == [(token, 0, 5 * 512) for token in tokens]
 
 
-def test_wait_async(data: Namespace, buffer: GpuMappedBuffer) -> None:
+@pytest.mark.parametrize("single_thread", [False, True])
+def test_wait_async(data: Namespace, buffer: GpuMappedBuffer, single_thread: bool) -> None:
     """Tasks that wait on one stream get every completion once."""
     extents = guest.pieces(2000, 300, 10)
 
@@ -242,10 +243,10 @@ def test_wait_async(data: Namespace, buffer: GpuMappedBuffer) -> None:
         return taken
 
     async def take_all() -> list[int]:
-        with AsyncUringStream(buffer, depth=8) as stream:
+        with AsyncUringStream(buffer, depth=8, single_thread=single_thread) as stream:
             tasks = [asyncio.create_task(take(stream)) for _ in range(3)]
             tokens = guest.submit(stream, data, extents)
-            taken = await asyncio.gather(*tasks)
+            taken = await asyncio.wait_for(asyncio.gather(*tasks), 20)
             assert sorted(token for tokens in taken for token in tokens) == list(tokens)
         return list(tokens)
 
