@@ -187,16 +187,14 @@ decode_object(PyObject *object, struct nvme_read *read)
     if (PyObject_GetBuffer(object, &view, PyBUF_SIMPLE) < 0) {
         return -1;
     }
-    const char *wrong = NULL;
-    if (view.len != WIRE_BYTES) {
-        PyErr_Format(PyExc_ValueError, "a command is 64 bytes, not %zd", view.len);
-    }
-    else if ((wrong = wire_decode(view.buf, read)) != NULL) {
-        PyErr_Format(PyExc_ValueError, "command: %s", wrong);
-    }
-    int failed = view.len != WIRE_BYTES || wrong != NULL;
+    const char *wrong =
+        view.len == WIRE_BYTES ? wire_decode(view.buf, read) : "it is not 64 bytes long";
     PyBuffer_Release(&view);
-    return failed ? -1 : 0;
+    if (wrong != NULL) {
+        PyErr_Format(PyExc_ValueError, "command: %s", wrong);
+        return -1;
+    }
+    return 0;
 }
 
 static PyObject *

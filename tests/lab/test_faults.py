@@ -225,7 +225,8 @@ def test_a_fast_drive_that_is_reset_again_and_again(buffer: GpuMappedBuffer) -> 
     """With a batch on its way each time, half of it done or all, and one without a reset after it.
 
     None is submitted during a reset: on Linux 6.12 the emulated drive then reports success, now and
-    then, for commands that it never executed, and nobody can tell.
+    then, for commands that it never executed, and nobody can tell. Nor is one sent again without the
+    registered buffer, as the first ones are on 6.1, where such a command can fail with EFAULT.
     """
     drive = VICTIMS["fast"]
     extents = guest.pieces(0, drive.blocks, 8)
@@ -233,23 +234,22 @@ def test_a_fast_drive_that_is_reset_again_and_again(buffer: GpuMappedBuffer) -> 
     reset = partial((drive.controller / "reset_controller").write_text, "1")
     with Namespace(drive.generic) as namespace, AsyncUringStream(buffer, depth=256) as stream:
         commands = guest.packed(namespace, extents, buffer.address)
-        for _ in range(5):
-            for meanwhile in (reset, None):
-                thread = threading.Thread(target=meanwhile)
-                guest.fill(buffer, 0x42)
-                tokens = stream.submit_nvme_passthrough(namespace, commands)
-                thread.start()
-                done = stream.wait(len(tokens), timeout=30)
-                thread.join()
-                assert sorted(completion.user_data for completion in done) == list(tokens)
-                with buffer.view() as found:
-                    for completion in done:
-                        at = (completion.user_data - tokens[0]) * size
-                        if completion.ok:
-                            assert found[at : at + size] == expected[at : at + size]
-                        else:
-                            assert meanwhile is reset
-                            assert error_of(completion) in (errno.EINTR, errno.EIO)
+        for meanwhile in (None, *(reset, None) * 5):
+            thread = threading.Thread(target=meanwhile)
+            guest.fill(buffer, 0x42)
+            tokens = stream.submit_nvme_passthrough(namespace, commands)
+            thread.start()
+            done = stream.wait(len(tokens), timeout=30)
+            thread.join()
+            assert sorted(completion.user_data for completion in done) == list(tokens)
+            with buffer.view() as found:
+                for completion in done:
+                    at = (completion.user_data - tokens[0]) * size
+                    if completion.ok:
+                        assert found[at : at + size] == expected[at : at + size]
+                    else:
+                        assert meanwhile is reset
+                        assert error_of(completion) in (errno.EINTR, errno.EIO)
 
 
 def error_of(completion: Completion) -> int:
