@@ -7,6 +7,29 @@
 
 /* ---- Lifetime ---------------------------------------------------------------------------- */
 
+/* A buffer of what a memoryview is of, instead of the memoryview's own, which is `self->exporter` so
+ * far: before 3.11.9 and 3.12.3 CPython crashes when it collects a memoryview in a cycle while a buffer
+ * of it is out (gh-77894). */
+static void
+memory_hold_base(Memory *self, PyObject *view)
+{
+    Py_buffer whole;
+    PyObject *base = PyMemoryView_GET_BASE(view);
+    if (base == NULL || PyObject_GetBuffer(base, &whole, PyBUF_WRITABLE) < 0) {
+        PyErr_Clear();
+        return;
+    }
+    const size_t before = (size_t)(self->address - (char *)whole.buf);
+    const size_t length = (size_t)whole.len;
+    if (before <= length && (size_t)self->nbytes <= length - before) {
+        PyBuffer_Release(&self->exporter);
+        self->exporter = whole;
+    }
+    else {
+        PyBuffer_Release(&whole);
+    }
+}
+
 static int
 memory_fill(Memory *self, PyObject *owner, unsigned long long address, Py_ssize_t nbytes)
 {
@@ -16,6 +39,9 @@ memory_fill(Memory *self, PyObject *owner, unsigned long long address, Py_ssize_
         }
         self->address = self->exporter.buf;
         self->nbytes = self->exporter.len;
+        if (PyMemoryView_Check(owner)) {
+            memory_hold_base(self, owner);
+        }
     }
     else {
         self->address = (char *)(uintptr_t)address;

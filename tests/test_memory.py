@@ -180,6 +180,31 @@ def test_not_pickled() -> None:
         pickle.dumps(buffer)
 
 
+@pytest.mark.parametrize(
+    "memory",
+    [
+        "GpuMappedBuffer.from_host_visible(1 << 20)",
+        "GpuMappedBuffer.from_object(memoryview(bytearray(4096))[8:])",
+    ],
+)
+def test_a_cycle_with_memory_of_a_memoryview_is_collected(memory: str) -> None:
+    """CPython before 3.11.9 and 3.12.3 crashes where a buffer of the memoryview itself is out."""
+    run_python(f"""
+import gc, weakref
+from gdsdirect import GpuMappedBuffer
+class Owner:
+    pass
+for _ in range(100):
+    buffer = {memory}  # before the owner: the collector begins with the oldest
+    owner = Owner()
+    owner.itself, owner.buffer = owner, buffer
+    alive = weakref.ref(owner)
+    del owner, buffer
+    gc.collect()
+    assert alive() is None
+""")
+
+
 def test_garbage_cycles_are_collected() -> None:
     run_python("""
 import gc, weakref
