@@ -63,7 +63,7 @@ extensions = [
     Extension(
         "gdsdirect._nvme_sqe",
         ["csrc/nvme_sqe.c"],
-        depends=["csrc/nvme_abi.h", "csrc/pycompat.h"],
+        depends=["csrc/arrays.h", "csrc/nvme_abi.h", "csrc/pycompat.h"],
         extra_compile_args=UNIX_FLAGS if os.name == "posix" else ["/std:c11"],
     )
 ]

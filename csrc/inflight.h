@@ -47,11 +47,15 @@ struct outcome {
     uint32_t way;
 };
 
-/* A source, held for `commands` slots and outcomes together. */
+/* A source, held as long as it has commands, and its descriptor with it. Where the file is in the
+ * ring's table of registered files, at the holder's own index, the kernel holds it and not the
+ * descriptor, and the holder is kept for the next batch. */
 struct holder {
-    Source *source; /* a strong reference, and acquired */
-    uint32_t commands;
-    uint32_t next; /* in the list of free holders, or of those to let go */
+    Source *source;   /* a strong reference; acquired unless it is registered */
+    uint32_t flying;  /* commands that the kernel has */
+    uint32_t waiting; /* outcomes, and batches that are being sent */
+    uint32_t next;    /* in the list of free holders, or of those to let go */
+    bool registered;
 };
 
 #define NOBODY UINT32_MAX
@@ -65,7 +69,7 @@ struct inflight {
     struct holder *holders;
     uint32_t holders_allocated;
     uint32_t free_holder;
-    uint32_t finished_holder; /* no command left: Python code lets go of it, without the lock */
+    uint32_t finished_holder; /* nothing needs it: Python code lets go of it, without the lock */
     uint32_t last_holder;     /* of the last batch: the next one is probably its twin */
 
     struct outcome *outcomes; /* a ring buffer of a power of two */
@@ -162,46 +166,75 @@ holders_grow(struct inflight *table)
     return true;
 }
 
-/* A holder of `source` for one batch, which itself counts as a command until holder_drop, so that
- * the source stays while the batch waits for room. NOBODY: the source is closed, or no memory. */
+static inline bool
+holder_is_busy(const struct holder *holder)
+{
+    return holder->flying + holder->waiting > 0;
+}
+
+/* The holder that `source` has already, or NOBODY. */
+static inline uint32_t
+holder_find(const struct inflight *table, const Source *source)
+{
+    uint32_t index = table->last_holder;
+    if (index != NOBODY && table->holders[index].source == source) {
+        return index;
+    }
+    for (index = 0; index < table->holders_allocated; index++) {
+        const struct holder *holder = &table->holders[index];
+        if (holder->source == source && (holder->registered || holder_is_busy(holder))) {
+            return index;
+        }
+    }
+    return NOBODY;
+}
+
+/* A holder of `source` for one batch, which itself counts as waiting until holder_drop, so that the
+ * source stays while the batch waits for room. NOBODY: the source is closed, or no memory. */
 static inline uint32_t
 holder_for(struct inflight *table, Source *source)
 {
-    uint32_t index = table->last_holder;
+    uint32_t index = holder_find(table, source);
     if (source_is_closed(source)) {
         return NOBODY;
     }
-    if (index != NOBODY && table->holders[index].source == source) {
-        table->holders[index].commands++;
-        return index;
+    if (index == NOBODY) {
+        if ((table->free_holder == NOBODY && !holders_grow(table)) ||
+            !gdsdirect_source_acquire(source)) {
+            return NOBODY;
+        }
+        index = table->free_holder;
+        table->free_holder = table->holders[index].next;
+        table->holders[index].source = (Source *)Py_NewRef(source);
     }
-    if ((table->free_holder == NOBODY && !holders_grow(table)) ||
-        !gdsdirect_source_acquire(source)) {
-        return NOBODY;
-    }
-    index = table->free_holder;
-    struct holder *holder = &table->holders[index];
-    table->free_holder = holder->next;
-    holder->source = (Source *)Py_NewRef(source);
-    holder->commands = 1;
+    table->holders[index].waiting++;
     table->last_holder = index;
     return index;
 }
 
-/* One command less. The last one frees the descriptor at once, the reference later. */
+/* Nothing needs a holder any more: its reference is let go of later. */
 static inline void
-holder_drop(struct inflight *table, uint32_t index)
+holder_finish(struct inflight *table, uint32_t index)
 {
     struct holder *holder = &table->holders[index];
-    if (--holder->commands > 0) {
-        return;
-    }
-    gdsdirect_source_release(holder->source);
     if (table->last_holder == index) {
         table->last_holder = NOBODY;
     }
+    holder->registered = false;
     holder->next = table->finished_holder;
     table->finished_holder = index;
+}
+
+/* `count` outcomes or batches less. The last one lets go of the descriptor at once. */
+static inline void
+holder_drop(struct inflight *table, uint32_t index, uint32_t count)
+{
+    struct holder *holder = &table->holders[index];
+    holder->waiting -= count;
+    if (!holder_is_busy(holder) && !holder->registered) {
+        gdsdirect_source_release(holder->source);
+        holder_finish(table, index);
+    }
 }
 
 /* A source that nothing needs any more, for the caller to Py_DECREF without the lock; or NULL. */
@@ -223,15 +256,14 @@ inflight_finished_source(struct inflight *table)
 
 /* ---- Slots ------------------------------------------------------------------------------- */
 
-/* Takes a free slot; there must be one, a reserved outcome, and `slot.holder` from holder_for.
- * Returns what goes into the SQE's user_data. */
+/* Takes a free slot; there must be one, a reserved outcome, and `slot.holder` from holder_for, whose
+ * `flying` the caller counts. Returns what goes into the SQE's user_data. */
 static inline uint64_t
 inflight_take(struct inflight *table, struct slot slot)
 {
     uint32_t index = table->free_slots[--table->free_count];
     slot.generation = table->slots[index].generation + 1;
     table->slots[index] = slot;
-    table->holders[slot.holder].commands++;
     return (uint64_t)slot.generation << 32 | index;
 }
 
@@ -253,12 +285,12 @@ slot_free(struct inflight *table, struct slot *slot)
     table->free_slots[table->free_count++] = (uint32_t)(slot - table->slots);
 }
 
-/* Takes back a command that the kernel never saw. */
+/* Takes back a command that the kernel never saw; its batch holds the source still. */
 static inline void
 inflight_undo(struct inflight *table, struct slot *slot)
 {
     slot_free(table, slot);
-    holder_drop(table, slot->holder);
+    table->holders[slot->holder].flying--;
 }
 
 /* The kernel is done with a command: its slot is free, its outcome waits. */
@@ -281,6 +313,8 @@ inflight_complete(struct inflight *table, struct slot *slot, int32_t res)
         outcome->nbytes = res > 0 ? (uint32_t)res : 0;
     }
     slot_free(table, slot);
+    table->holders[slot->holder].flying--;
+    table->holders[slot->holder].waiting++;
     return outcome;
 }
 

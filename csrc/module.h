@@ -16,6 +16,7 @@ struct module_state {
     PyTypeObject *source_type;
     PyTypeObject *ring_type;
     PyObject *source_name; /* "_source": where a Namespace keeps its Source */
+    _Atomic uint32_t closings; /* sources closed so far: rings then look which of theirs are */
 };
 
 extern struct PyModuleDef gdsdirect_uring_cmd_module;

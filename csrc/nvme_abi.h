@@ -27,7 +27,6 @@
  *   0 opcode u8 | 4 nsid u32 | 32 destination u64 | 40 starting LBA u64 | 48 blocks - 1 u32 | rest 0
  */
 #define WIRE_BYTES 64
-#define WIRE_WORDS (WIRE_BYTES / 8)
 
 /* A read command, decoded. */
 struct nvme_read {
@@ -80,40 +79,58 @@ little_endian(uint64_t value)
 #endif
 }
 
+/* Stored word by word where it goes: gathered in a local array first, it would be copied from there
+ * by loads wider than the stores before them, which stall. */
 static inline void
 wire_encode(unsigned char *out, const struct nvme_read *read)
 {
-    uint64_t words[WIRE_WORDS] = {
-        [0] = little_endian(NVME_CMD_READ | (uint64_t)read->nsid << 32),
-        [4] = little_endian(read->address),
-        [5] = little_endian(read->lba),
-        [6] = little_endian(read->blocks - 1),
-    };
-    memcpy(out, words, sizeof(words));
+    const uint64_t head = little_endian(NVME_CMD_READ | (uint64_t)read->nsid << 32);
+    const uint64_t address = little_endian(read->address);
+    const uint64_t lba = little_endian(read->lba);
+    const uint64_t tail = little_endian(read->blocks - 1);
+    memset(out, 0, WIRE_BYTES);
+    memcpy(out, &head, 8);
+    memcpy(out + 32, &address, 8);
+    memcpy(out + 40, &lba, 8);
+    memcpy(out + 48, &tail, 8);
 }
 
-/* What is wrong with 64 bytes; NULL: nothing, and `read` is filled. Fetches each byte once, so
- * that memory that changes meanwhile can't pass the check as one command and leave as another. */
+/* A word of the caller's memory, at any address. Volatile: fetched once, so that memory that changes
+ * meanwhile can't pass the check as one command and leave as another. */
+struct wire_word {
+    uint64_t value;
+}
+#if defined(__GNUC__)
+__attribute__((packed, may_alias))
+#endif
+;
+
+static inline uint64_t
+wire_fetch(const unsigned char *wire, int index)
+{
+    return little_endian(((const volatile struct wire_word *)wire)[index].value);
+}
+
+/* What is wrong with 64 bytes; NULL: nothing, and `read` is filled. */
 static inline const char *
 wire_decode(const unsigned char *wire, struct nvme_read *read)
 {
-    uint64_t words[WIRE_WORDS];
-    memcpy(words, wire, sizeof(words));
-    uint64_t head = little_endian(words[0]);
-    uint64_t tail = little_endian(words[6]);
-
+    const uint64_t head = wire_fetch(wire, 0);
+    const uint64_t tail = wire_fetch(wire, 6);
+    const uint64_t reserved = (head & 0xFFFFFF00u) | wire_fetch(wire, 1) | wire_fetch(wire, 2) |
+                              wire_fetch(wire, 3) | wire_fetch(wire, 7) | tail >> 32;
     if ((head & 0xFF) != NVME_CMD_READ) {
         return "opcode (byte 0) is not NVME_CMD_READ, 0x02";
     }
-    if ((head & 0xFFFFFF00u) | words[1] | words[2] | words[3] | words[7] | tail >> 32) {
+    if (reserved != 0) {
         return "reserved bytes (1..3, 8..31 and 52..63) are not all 0";
     }
     if (tail >= NVME_MAX_BLOCKS) {
         return "blocks - 1 (bytes 48..51) is above 65535";
     }
     read->nsid = (uint32_t)(head >> 32);
-    read->address = little_endian(words[4]);
-    read->lba = little_endian(words[5]);
+    read->address = wire_fetch(wire, 4);
+    read->lba = wire_fetch(wire, 5);
     read->blocks = (uint32_t)tail + 1;
     return NULL;
 }

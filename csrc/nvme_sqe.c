@@ -1,16 +1,24 @@
 /*
  * _nvme_sqe: packing and unpacking read commands. Pure: no I/O, no state, builds on any system.
  */
-#include "pycompat.h"
-
+#include "arrays.h"
 #include "nvme_abi.h"
 
-/* ---- Numbers and arrays of numbers ------------------------------------------------------- */
+/* ---- Numbers ----------------------------------------------------------------------------- */
 
 /* Any integer as uint64. OverflowError, naming the field, where it doesn't fit in `bits`. */
 static int
 as_unsigned(PyObject *value, const char *field, int bits, uint64_t *out)
 {
+    if (PyLong_CheckExact(value)) {
+        /* Far faster than PyLong_AsUnsignedLongLong before Python 3.13. */
+        int beyond;
+        const long long quick = PyLong_AsLongLongAndOverflow(value, &beyond);
+        if (beyond == 0 && quick >= 0 && (bits == 64 || quick >> bits == 0)) {
+            *out = (uint64_t)quick;
+            return 0;
+        }
+    }
     PyObject *number = PyNumber_Index(value);
     if (number == NULL) {
         if (PyErr_ExceptionMatches(PyExc_TypeError)) {
@@ -47,61 +55,6 @@ as_blocks(PyObject *value, uint32_t *out)
     }
     *out = (uint32_t)blocks;
     return 0;
-}
-
-/* Whether `format` is a native or little-endian integer code, and a signed one. */
-static int
-integer_format(const char *format, int *is_signed)
-{
-    if (format == NULL) {
-        return 0;
-    }
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-    const char *native = "@=>!";
-#else
-    const char *native = "@=<";
-#endif
-    if (*format != '\0' && strchr(native, *format)) {
-        format++;
-    }
-    if (*format == '\0' || format[1] != '\0') {
-        return 0;
-    }
-    *is_signed = strchr("ilqn", *format) != NULL;
-    return *is_signed || strchr("ILQN", *format) != NULL;
-}
-
-/* A contiguous buffer of integers of `width` bytes. Signed ones are welcome (NumPy's default) as
- * long as no value is negative: then the bytes are those of the unsigned type. */
-static int
-get_integers(PyObject *object, const char *field, Py_ssize_t width, Py_buffer *view)
-{
-    if (PyObject_GetBuffer(object, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT) < 0) {
-        if (PyErr_ExceptionMatches(PyExc_TypeError)) {
-            PyErr_Format(PyExc_TypeError, "%s must be a contiguous buffer of uint%zd, not '%.100s'",
-                         field, width * 8, Py_TYPE(object)->tp_name);
-        }
-        return -1;
-    }
-    int is_signed = 0;
-    if (!integer_format(view->format, &is_signed) || view->itemsize != width) {
-        PyErr_Format(PyExc_TypeError, "%s has elements of format '%s', not uint%zd", field,
-                     view->format ? view->format : "B", width * 8);
-        goto error;
-    }
-    const unsigned char *bytes = view->buf;
-    const Py_ssize_t top = PY_BIG_ENDIAN ? 0 : width - 1;
-    for (Py_ssize_t i = 0; is_signed && i < view->len; i += width) {
-        if (bytes[i + top] & 0x80) {
-            PyErr_Format(PyExc_OverflowError, "%s[%zd] is negative", field, i / width);
-            goto error;
-        }
-    }
-    return 0;
-
-error:
-    PyBuffer_Release(view);
-    return -1;
 }
 
 /* ---- One command ------------------------------------------------------------------------- */
@@ -259,24 +212,6 @@ output_open(struct output *output, PyObject *out, Py_ssize_t commands)
     output->object = Py_NewRef(out);
     output->bytes = output->view.buf;
     return 0;
-}
-
-/* Whether `blocks` is one number for all commands. NumPy's scalars are buffers too, of no
- * dimension, and its arrays have __index__: neither alone tells. */
-static int
-is_scalar(PyObject *object)
-{
-    Py_buffer view;
-    if (!PyObject_CheckBuffer(object)) {
-        return 1;
-    }
-    if (PyObject_GetBuffer(object, &view, PyBUF_FULL_RO) < 0) {
-        PyErr_Clear();
-        return 0;
-    }
-    int scalar = view.ndim == 0 && PyIndex_Check(object);
-    PyBuffer_Release(&view);
-    return scalar;
 }
 
 /* The loop. Returns the index of the first block count outside 1..65536, or n. The arrays come

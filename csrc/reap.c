@@ -87,7 +87,7 @@ ring_reap_locked(Ring *self)
         struct slot *slot = inflight_find(&self->table, cqe->user_data);
         seen++;
         if (slot != NULL && /* else one of the ring's own */
-            !ring_resend_locked(self, slot, cqe->user_data, cqe->res)) {
+            (cqe->res >= 0 || !ring_resend_locked(self, slot, cqe->user_data, cqe->res))) {
             count_outcome(self, inflight_complete(&self->table, slot, cqe->res));
         }
     }
@@ -128,7 +128,8 @@ spin_for_cqes(Ring *self, int64_t deadline)
     const int64_t until = deadline - now < slice ? deadline : now + slice;
     int result;
     do {
-        result = io_uring_enter(self->ring.ring_fd, 0, 0, IORING_ENTER_GETEVENTS, NULL);
+        result = io_uring_enter(self->ring.enter_ring_fd, 0, 0,
+                                IORING_ENTER_GETEVENTS | self->enter_flags, NULL);
     } while (result >= 0 && io_uring_cq_ready(&self->ring) == 0 && ring_now() < until);
     return result;
 }
@@ -136,15 +137,16 @@ spin_for_cqes(Ring *self, int64_t deadline)
 static int
 sleep_for_cqes(Ring *self, unsigned count, int64_t deadline)
 {
-    struct timespec left = {0};
-    struct io_uring_getevents_arg arg = {0};
-    if (deadline != NO_DEADLINE) {
-        left = time_left(deadline);
-        arg.ts = (uintptr_t)&left; /* struct __kernel_timespec: the same on 64 bits */
+    const unsigned flags = IORING_ENTER_GETEVENTS | self->enter_flags;
+    if (deadline == NO_DEADLINE) {
+        return io_uring_enter(self->ring.enter_ring_fd, 0, count, flags, NULL);
     }
-    return io_uring_enter2(self->ring.ring_fd, 0, count,
-                           IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG, (void *)&arg,
-                           sizeof(arg));
+    struct timespec left = time_left(deadline);
+    struct io_uring_getevents_arg arg = {
+        .ts = (uintptr_t)&left, /* struct __kernel_timespec: the same on 64 bits */
+    };
+    return io_uring_enter2(self->ring.enter_ring_fd, 0, count, flags | IORING_ENTER_EXT_ARG,
+                           (void *)&arg, sizeof(arg));
 }
 
 static int
@@ -236,6 +238,7 @@ lock_and_collect(Ring *self, size_t count, int64_t deadline)
     if (self->state != RING_OPEN) {
         return STREAM_CLOSED;
     }
+    ring_forget_closed_locked(self);
     if (count == 0 || deadline == DEADLINE_PASSED) {
         fetch_and_reap_locked(self);
     }
@@ -259,15 +262,13 @@ lock_and_collect(Ring *self, size_t count, int64_t deadline)
 
 /* ---- Handing over ------------------------------------------------------------------------ */
 
+/* The first `count` outcomes are no longer in the queue. */
 static void
-pop_locked(Ring *self, struct outcome *into, size_t count)
+pop_locked(Ring *self, size_t count)
 {
     struct inflight *table = &self->table;
-    for (size_t i = 0; i < count; i++) {
-        into[i] = *outcome_at(table, i);
-    }
-    table->first += count;
     table->ready -= count;
+    table->first = table->ready > 0 ? table->first + count : 0; /* in the cache still */
     if (table->ready == 0 && inflight_count(table) == 0) {
         ring_tell_watchers_locked(self);
     }
@@ -297,9 +298,10 @@ take_ready(Ring *self, size_t most)
         return PyErr_NoMemory();
     }
     for (size_t i = 0; i < count; i++) {
-        pop_locked(self, &taken[i].outcome, 1);
+        taken[i].outcome = *outcome_at(&self->table, i);
         taken[i].source = self->table.holders[taken[i].outcome.holder].source;
     }
+    pop_locked(self, count);
     self->table.on_the_way += count;
     pthread_mutex_unlock(&self->lock);
 
@@ -317,7 +319,7 @@ take_ready(Ring *self, size_t most)
     self->table.on_the_way -= count;
     for (size_t i = count; i-- > 0;) {
         if (list != NULL) {
-            holder_drop(&self->table, taken[i].outcome.holder);
+            holder_drop(&self->table, taken[i].outcome.holder, 1);
         }
         else {
             self->table.first--;
@@ -360,15 +362,24 @@ static size_t
 copy_records_locked(Ring *self, char *out, size_t fit)
 {
     const size_t count = self->table.ready < fit ? self->table.ready : fit;
+    uint32_t holder = NOBODY, dropped = 0; /* outcomes of one source come in runs */
     for (size_t i = 0; i < count; i++) {
-        struct outcome outcome;
-        pop_locked(self, &outcome, 1);
-        memcpy(out, &outcome.user_data, 8);
-        memcpy(out + 8, &outcome.res, 4);
-        memcpy(out + 12, &outcome.nbytes, 4);
+        const struct outcome *outcome = outcome_at(&self->table, i);
+        memcpy(out, &outcome->user_data, 8);
+        memcpy(out + 8, &outcome->res, 4);
+        memcpy(out + 12, &outcome->nbytes, 4);
         out += RECORD_BYTES;
-        holder_drop(&self->table, outcome.holder);
+        if (outcome->holder != holder && dropped > 0) {
+            holder_drop(&self->table, holder, dropped);
+            dropped = 0;
+        }
+        holder = outcome->holder;
+        dropped++;
     }
+    if (dropped > 0) {
+        holder_drop(&self->table, holder, dropped);
+    }
+    pop_locked(self, count);
     return count;
 }
 
@@ -443,6 +454,7 @@ ring_look(Ring *self, PyObject *Py_UNUSED(ignored))
         ring_unlock(self);
         return ring_raise(STREAM_CLOSED, NULL);
     }
+    ring_forget_closed_locked(self);
     fetch_and_reap_locked(self);
     const size_t ready = self->table.ready;
     const uint32_t in_flight = inflight_count(&self->table);

@@ -56,6 +56,8 @@ typedef struct {
     uint32_t registered; /* buffers registered with the kernel, each of 1 GiB but the last; or 0 */
     int register_errno;  /* why there are none */
     _Atomic uint32_t registered_most; /* bytes of a passthrough command that goes into one */
+    bool registers_files; /* the ring has a table of REGISTERED_FILES files */
+    unsigned enter_flags; /* IORING_ENTER_REGISTERED_RING, or 0 */
     unsigned setup_flags;
     pthread_t owner_thread; /* the one that may call, with single_thread */
     char *fork_mark;        /* a page that holds 1, and 0 in a child after fork */
@@ -66,6 +68,7 @@ typedef struct {
     struct inflight table;
     struct counters counters[WAYS];
     uint64_t next_token;
+    uint32_t closings_seen; /* of module->closings */
 
     bool has_leader;
     bool shared;            /* a second thread has waited: from then on leaders wait for one CQE */
@@ -87,6 +90,9 @@ typedef struct {
 
 /* In user_data of what the ring submits for itself. No slot has this index. */
 #define OWN_ID UINT32_MAX
+
+/* Sources beyond so many are read by their descriptors, as they would be without a table. */
+#define REGISTERED_FILES 64
 
 /* The lock. Taken with the GIL held, which is let go if it must be waited for. */
 static inline void
@@ -116,10 +122,18 @@ PyObject *ring_raise(int outcome, const char *call);
 void ring_raise_errno(int number, const char *call, PyObject *path);
 
 /* submit.c */
+
+/* Takes the files of closed sources out of the ring's table: the kernel holds each as long as it is
+ * there. At the head of calls that submit or reap. */
+void ring_forget_closed_locked(Ring *self);
+
 PyObject *ring_submit_nvme_passthrough(Ring *self, PyObject *const *args, Py_ssize_t nargs,
                                        PyObject *keywords);
+PyObject *ring_submit_nvme_passthroughs(Ring *self, PyObject *args, PyObject *kwargs);
 PyObject *ring_submit_read(Ring *self, PyObject *args, PyObject *kwargs);
 PyObject *ring_submit_read_fixed(Ring *self, PyObject *args, PyObject *kwargs);
+PyObject *ring_submit_reads(Ring *self, PyObject *args, PyObject *kwargs);
+PyObject *ring_submit_reads_fixed(Ring *self, PyObject *args, PyObject *kwargs);
 
 /* Sends what the ring needs for itself, `count` times: IORING_OP_NOP to wake the leader,
  * IORING_OP_ASYNC_CANCEL to have everything cancelled. */

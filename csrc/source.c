@@ -39,6 +39,8 @@ source_shut(Source *self)
     if (self->fd >= 0 && atomic_fetch_or(&self->users, SOURCE_CLOSED) == 0) {
         close(self->fd);
     }
+    struct module_state *module = PyType_GetModuleState(Py_TYPE(self));
+    atomic_fetch_add(&module->closings, 1);
 }
 
 static PyObject *

@@ -8,12 +8,13 @@
 #include <stdio.h>
 #include <unistd.h>
 
+#include "arrays.h"
 #include "nvme_abi.h"
 
 #define SQE_BYTES 128
 #define SQE_COMMAND_OFFSET 48 /* struct io_uring_sqe, cmd[]: 80 bytes with IORING_SETUP_SQE128 */
 #define REGISTERED_SHIFT 30   /* a registered buffer has at most 1 GiB (io_uring/rsrc.c) */
-#define MOST_BYTES 0x7FFFF000u /* of one read: MAX_RW_COUNT, include/linux/fs.h */
+#define MOST_BYTES INT64_C(0x7FFFF000) /* of one read: MAX_RW_COUNT, include/linux/fs.h */
 
 _Static_assert(sizeof(struct nvme_kernel_cmd) <= SQE_BYTES - SQE_COMMAND_OFFSET, "fits the SQE");
 _Static_assert(offsetof(struct io_uring_sqe, cmd) == SQE_COMMAND_OFFSET, "cmd");
@@ -28,31 +29,116 @@ struct command {
     uint16_t registered; /* the registered buffer that it falls into, or NOT_REGISTERED */
 };
 
-/* Commands of one call: one source, one way. */
+/* Commands from one source, one way. */
 struct batch {
-    Source *source;
+    Source *source; /* a reference of the batch's own */
+    bool lasting;   /* the source outlives the call, so that registering its file is worth it */
     enum way way;
+    uint32_t holder;
     struct command *commands;
     size_t count;
     size_t sent;
     uint64_t first_user_data;
-    struct command few[32]; /* saves an allocation */
+    struct command few[64]; /* saves an allocation */
 };
+
+/* Room for `count` commands. -1 with MemoryError. */
+static int
+batch_allocate(struct batch *batch, size_t count)
+{
+    batch->count = count;
+    batch->commands = batch->few;
+    if (count > sizeof(batch->few) / sizeof(batch->few[0])) {
+        batch->commands = PyMem_New(struct command, count);
+        if (batch->commands == NULL) {
+            PyErr_NoMemory();
+            return -1;
+        }
+    }
+    return 0;
+}
+
+static void
+batch_clear(struct batch *batch)
+{
+    if (batch->commands != batch->few) {
+        PyMem_Free(batch->commands);
+    }
+    Py_XDECREF(batch->source);
+}
+
+/* ---- Registered files -------------------------------------------------------------------- */
+
+/* Has the kernel hold a source's file, which it then needs not look up and hold for each command. */
+static void
+register_file_locked(Ring *self, uint32_t index)
+{
+    struct holder *holder = &self->table.holders[index];
+    if (holder->registered || !self->registers_files || index >= REGISTERED_FILES) {
+        return;
+    }
+    const int fd = holder->source->fd;
+    if (io_uring_register_files_update(&self->ring, index, &fd, 1) == 1) {
+        holder->registered = true;
+        gdsdirect_source_release(holder->source); /* it may be closed: the kernel has the file */
+    }
+}
+
+void
+ring_forget_closed_locked(Ring *self)
+{
+    const uint32_t closings = atomic_load(&self->module->closings);
+    if (closings == self->closings_seen) {
+        return;
+    }
+    self->closings_seen = closings;
+    for (uint32_t i = 0; i < self->table.holders_allocated; i++) {
+        struct holder *holder = &self->table.holders[i];
+        if (!holder->registered || !source_is_closed(holder->source)) {
+            continue;
+        }
+        if (holder_is_busy(holder)) {
+            self->closings_seen = closings - 1; /* look again when it may not be */
+            continue;
+        }
+        const int none = -1;
+        io_uring_register_files_update(&self->ring, i, &none, 1);
+        holder_finish(&self->table, i);
+    }
+}
 
 /* ---- Sending ----------------------------------------------------------------------------- */
 
-static void
-prepare_passthrough(struct io_uring_sqe *sqe, const Source *source, const struct slot *slot)
+/* What the SQEs of one source have in common: a copy, which stays in registers. */
+struct target {
+    int fd;
+    uint8_t flags;
+    uint32_t nsid; /* 0: a file */
+    uint32_t lba_shift;
+};
+
+static inline struct target
+target_of(const Ring *self, uint32_t index)
+{
+    const struct holder *holder = &self->table.holders[index];
+    return (struct target){
+        .fd = holder->registered ? (int)index : holder->source->fd,
+        .flags = holder->registered ? IOSQE_FIXED_FILE : 0,
+        .nsid = holder->source->nsid,
+        .lba_shift = holder->source->lba_shift,
+    };
+}
+
+static inline void
+prepare_passthrough(struct io_uring_sqe *sqe, const struct target *target, const struct slot *slot)
 {
     const struct nvme_read read = {
         .lba = slot->position,
         .address = slot->address,
-        .nsid = source->nsid,
-        .blocks = slot->nbytes >> source->lba_shift,
+        .nsid = target->nsid,
+        .blocks = slot->nbytes >> target->lba_shift,
     };
-    struct nvme_kernel_cmd cmd;
-    kernel_cmd_fill(&cmd, &read, slot->nbytes);
-    memcpy((char *)sqe + SQE_COMMAND_OFFSET, &cmd, sizeof(cmd));
+    kernel_cmd_fill((void *)((char *)sqe + SQE_COMMAND_OFFSET), &read, slot->nbytes);
     sqe->opcode = IORING_OP_URING_CMD;
     sqe->cmd_op = NVME_URING_CMD_IO;
     if (slot->registered != NOT_REGISTERED) {
@@ -60,7 +146,7 @@ prepare_passthrough(struct io_uring_sqe *sqe, const Source *source, const struct
     }
 }
 
-static void
+static inline void
 prepare_file_read(struct io_uring_sqe *sqe, const struct slot *slot)
 {
     sqe->opcode = slot->registered != NOT_REGISTERED ? IORING_OP_READ_FIXED : IORING_OP_READ;
@@ -69,40 +155,51 @@ prepare_file_read(struct io_uring_sqe *sqe, const struct slot *slot)
     sqe->len = slot->nbytes;
 }
 
-/* The SQE of a slot whose id is `id`. There is room: slots are no more than SQEs. */
-static void
-prepare_locked(Ring *self, const struct slot *slot, uint64_t id)
+/* In halves: for all at once gcc takes `rep stos`, which starts slowly, and not eight stores. */
+static inline void
+clear_sqe(struct io_uring_sqe *sqe)
 {
-    const Source *source = self->table.holders[slot->holder].source;
-    struct io_uring_sqe *sqe = io_uring_get_sqe(&self->ring);
+    memset(sqe, 0, SQE_BYTES / 2);
+    memset((char *)sqe + SQE_BYTES / 2, 0, SQE_BYTES / 2);
+}
 
-    memset(sqe, 0, SQE_BYTES); /* io_uring_get_sqe leaves what the last command wrote */
-    if (slot->way == WAY_PASSTHROUGH) {
-        prepare_passthrough(sqe, source, slot);
+/* An SQE, with what the last command wrote there: io_uring_get_sqe leaves it. Slots are no more than
+ * SQEs, but a polling thread posts CQEs before it says that it has consumed the SQEs they are of; it
+ * says so a moment later. */
+static inline struct io_uring_sqe *
+next_sqe_locked(Ring *self)
+{
+    struct io_uring_sqe *sqe;
+    while ((sqe = io_uring_get_sqe(&self->ring)) == NULL) {
+        io_uring_sqring_wait(&self->ring);
+    }
+    return sqe;
+}
+
+/* The SQE of a slot whose id is `id`. */
+static inline void
+prepare_locked(Ring *self, const struct target *target, const struct slot *slot, uint64_t id)
+{
+    struct io_uring_sqe *sqe = next_sqe_locked(self);
+    clear_sqe(sqe);
+    if (target->nsid != 0) {
+        prepare_passthrough(sqe, target, slot);
     }
     else {
         prepare_file_read(sqe, slot);
     }
-    sqe->fd = source->fd;
-    sqe->user_data = id;
+    sqe->fd = target->fd;
+    sqe->flags = target->flags;
     if (slot->registered != NOT_REGISTERED) {
         sqe->buf_index = slot->registered;
-        self->counters[slot->way].registered++;
     }
-    self->counters[slot->way].submitted++;
-}
-
-static void
-uncount_locked(Ring *self, const struct slot *slot)
-{
-    self->counters[slot->way].submitted--;
-    self->counters[slot->way].registered -= slot->registered != NOT_REGISTERED;
+    sqe->user_data = id;
 }
 
 /* Takes back the commands that the kernel has not consumed, and returns their number. It reads the
  * queue only inside io_uring_enter, so they are still ours; with a polling thread they are not. */
 static size_t
-take_back_locked(Ring *self)
+take_back_locked(Ring *self, struct batch *batches, size_t n)
 {
     struct io_uring_sq *sq = &self->ring.sq;
     if (self->setup_flags & IORING_SETUP_SQPOLL) {
@@ -114,11 +211,16 @@ take_back_locked(Ring *self)
     for (unsigned i = head; i != tail; i++) {
         const struct io_uring_sqe *sqe = &sq->sqes[(size_t)(i & sq->ring_mask) * 2];
         struct slot *slot = inflight_find(&self->table, sqe->user_data);
-        if (slot != NULL) {
-            uncount_locked(self, slot);
-            inflight_undo(&self->table, slot);
-            taken_back++;
+        if (slot == NULL) {
+            continue;
         }
+        for (struct batch *batch = batches; batch < batches + n; batch++) {
+            batch->sent -= slot->user_data - batch->first_user_data < batch->count;
+        }
+        self->counters[slot->way].submitted--;
+        self->counters[slot->way].registered -= slot->registered != NOT_REGISTERED;
+        inflight_undo(&self->table, slot);
+        taken_back++;
     }
     sq->sqe_head = sq->sqe_tail = head;
     io_uring_smp_store_release(sq->ktail, head);
@@ -157,7 +259,7 @@ ring_send_own_locked(Ring *self, uint8_t opcode, unsigned count)
         if (sqe == NULL) {
             break; /* a polling thread is busy with others, and will wake the leader for them */
         }
-        memset(sqe, 0, SQE_BYTES);
+        clear_sqe(sqe);
         sqe->opcode = opcode;
         sqe->user_data = OWN_ID;
         if (opcode == IORING_OP_ASYNC_CANCEL) {
@@ -177,57 +279,89 @@ ring_resend_locked(Ring *self, struct slot *slot, uint64_t id, int32_t res)
     if (slot->nbytes <= self->registered_most) {
         self->registered_most = slot->nbytes - 1;
     }
-    uncount_locked(self, slot);
+    self->counters[slot->way].registered--;
     slot->registered = NOT_REGISTERED;
-    prepare_locked(self, slot, id);
+    const struct target target = target_of(self, slot->holder);
+    prepare_locked(self, &target, slot, id);
     enter_at_last_locked(self);
     return true;
 }
 
-/* Takes a slot and an SQE for one command of a batch. */
+/* Takes slots and SQEs for the next `count` commands of a batch. */
 static void
-start_locked(Ring *self, const struct batch *batch, uint32_t holder, size_t index)
+start_locked(Ring *self, struct batch *batch, size_t count)
 {
-    const struct command *command = &batch->commands[index];
-    const struct slot slot = {
-        .user_data = batch->first_user_data + index,
-        .position = command->position,
-        .address = command->address,
-        .nbytes = command->nbytes,
-        .holder = holder,
+    const struct target target = target_of(self, batch->holder);
+    const struct command *commands = &batch->commands[batch->sent];
+    uint64_t registered = 0;
+    struct slot slot = {
+        .user_data = batch->first_user_data + batch->sent,
+        .holder = batch->holder,
         .way = (uint16_t)batch->way,
-        .registered = command->registered,
     };
-    prepare_locked(self, &slot, inflight_take(&self->table, slot));
+    for (size_t i = 0; i < count; i++) {
+        slot.position = commands[i].position;
+        slot.address = commands[i].address;
+        slot.nbytes = commands[i].nbytes;
+        slot.registered = commands[i].registered;
+        registered += slot.registered != NOT_REGISTERED;
+        prepare_locked(self, &target, &slot, inflight_take(&self->table, slot));
+        slot.user_data++;
+    }
+    self->table.holders[batch->holder].flying += (uint32_t)count;
+    self->counters[batch->way].submitted += count;
+    self->counters[batch->way].registered += registered;
+    batch->sent += count;
 }
 
-/* Sends a batch, in as many pieces as the free slots make of it. */
-static int
-send_locked(Ring *self, struct batch *batch, uint32_t holder)
+/* Prepares what there is room for, and returns its number. Batches share the slots, so that a slow
+ * drive can't take those that would keep a fast one busy. */
+static size_t
+start_batches_locked(Ring *self, struct batch *batches, size_t n)
 {
-    while (batch->sent < batch->count) {
+    size_t unsent = 0, started = 0;
+    for (size_t i = 0; i < n; i++) {
+        unsent += batches[i].sent < batches[i].count;
+    }
+    for (size_t i = 0; i < n; i++) {
+        struct batch *batch = &batches[i];
+        const size_t share = (self->table.depth + unsent - 1) / unsent;
+        const size_t flying = self->table.holders[batch->holder].flying;
+        size_t piece = share > flying ? share - flying : 0;
+        if (piece > self->table.free_count) {
+            piece = self->table.free_count;
+        }
+        if (piece > batch->count - batch->sent) {
+            piece = batch->count - batch->sent;
+        }
+        start_locked(self, batch, piece);
+        started += piece;
+    }
+    return started;
+}
+
+/* Sends batches, in as many pieces as the free slots make of them. */
+static int
+send_locked(Ring *self, struct batch *batches, size_t n, size_t left)
+{
+    while (left > 0) {
         if (self->state != RING_OPEN) {
             return STREAM_CLOSED;
         }
         if (self->table.free_count == 0) {
             ring_reap_locked(self);
         }
-        size_t piece = batch->count - batch->sent;
-        if (piece > self->table.free_count) {
-            piece = self->table.free_count;
+        const size_t room = self->table.free_count;
+        if (!inflight_reserve(&self->table, left < room ? left : room)) {
+            return NO_MEMORY;
         }
         int result = EAGAIN;
-        if (piece > 0) {
-            if (!inflight_reserve(&self->table, piece)) {
-                return NO_MEMORY;
-            }
-            for (size_t i = 0; i < piece; i++) {
-                start_locked(self, batch, holder, batch->sent + i);
-            }
+        const size_t started = start_batches_locked(self, batches, n);
+        if (started > 0) {
             Py_BEGIN_ALLOW_THREADS
             result = enter_locked(self);
             Py_END_ALLOW_THREADS
-            batch->sent += piece - (result != 0 ? take_back_locked(self) : 0);
+            left -= started - (result != 0 ? take_back_locked(self, batches, n) : 0);
         }
         if (result == EAGAIN || result == EBUSY) {
             /* No slot, or no memory for a request: both come back with a completion. */
@@ -243,72 +377,118 @@ send_locked(Ring *self, struct batch *batch, uint32_t holder)
     return DONE;
 }
 
-static void
-note_what_was_sent(const struct batch *batch)
+/* Holds the batches' sources while `send_locked` works. */
+static int
+hold_and_send_locked(Ring *self, struct batch *batches, size_t n, size_t commands)
 {
-    PyObject *note = PyUnicode_FromFormat(
-        "%zu of %zu commands were submitted before this and will complete, user_data %llu up",
-        batch->sent, batch->count, (unsigned long long)batch->first_user_data);
-    compat_add_note(note);
-    Py_XDECREF(note);
+    int result = self->state == RING_OPEN ? DONE : STREAM_CLOSED;
+    size_t held = 0;
+    while (result == DONE && held < n) {
+        struct batch *batch = &batches[held];
+        batch->holder = holder_for(&self->table, batch->source);
+        if (batch->holder == NOBODY) {
+            result = source_is_closed(batch->source) ? SOURCE_IS_CLOSED : NO_MEMORY;
+            break;
+        }
+        if (batch->lasting) {
+            register_file_locked(self, batch->holder);
+        }
+        held++;
+    }
+    if (result == DONE) {
+        result = send_locked(self, batches, n, commands);
+    }
+    while (held > 0) {
+        holder_drop(&self->table, batches[--held].holder, 1);
+    }
+    return result;
 }
 
-/* Sends a checked batch, and gives its commands their user_data. -1 with an exception. */
+/* The exception for batches that were not sent, or not whole. Returns -1. */
 static int
-send_batch(Ring *self, struct batch *batch, PyObject *user_data)
+raise_unsent(int result, const struct batch *batches, size_t n)
 {
-    if (user_data != NULL && user_data != Py_None) {
-        batch->first_user_data = PyLong_AsUnsignedLongLong(user_data);
-        if (batch->first_user_data == UINT64_MAX && PyErr_Occurred()) {
-            return -1;
-        }
-        if (batch->count > 0 && batch->count - 1 > UINT64_MAX - batch->first_user_data) {
-            PyErr_Format(PyExc_OverflowError, "user_data %R and %zu commands: beyond 2**64-1",
-                         user_data, batch->count);
-            return -1;
-        }
-    }
-    ring_lock(self);
-    if (user_data == NULL || user_data == Py_None) {
-        batch->first_user_data = self->next_token;
-        self->next_token += batch->count;
-    }
-    int result = self->state == RING_OPEN ? DONE : STREAM_CLOSED;
-    if (result == DONE) {
-        uint32_t holder = holder_for(&self->table, batch->source);
-        if (holder == NOBODY) {
-            result = source_is_closed(batch->source) ? SOURCE_IS_CLOSED : NO_MEMORY;
-        }
-        else {
-            result = send_locked(self, batch, holder);
-            holder_drop(&self->table, holder);
-        }
-    }
-    ring_unlock(self);
-    if (result == DONE) {
-        return 0;
-    }
+    const struct batch *closed = batches;
     if (result == SOURCE_IS_CLOSED) {
-        PyErr_Format(PyExc_ValueError, "%S is closed", batch->source->path);
+        while (!source_is_closed(closed->source)) {
+            closed++;
+        }
+        PyErr_Format(PyExc_ValueError, "%S is closed", closed->source->path);
     }
     else {
         ring_raise(result, "io_uring_enter");
     }
-    if (batch->sent > 0) {
-        note_what_was_sent(batch);
+    for (const struct batch *batch = batches; batch < batches + n; batch++) {
+        if (batch->sent > 0) {
+            PyObject *note = PyUnicode_FromFormat(
+                "%zu of %zu commands were submitted before this and will complete, user_data "
+                "%llu up",
+                batch->sent, batch->count, (unsigned long long)batch->first_user_data);
+            compat_add_note(note);
+            Py_XDECREF(note);
+        }
     }
     return -1;
 }
 
+/* Sends checked batches, and gives their commands their user_data, which count up through all of
+ * them. -1 with an exception. */
+static int
+send_batches(Ring *self, struct batch *batches, size_t n, PyObject *user_data)
+{
+    const bool given = user_data != NULL && user_data != Py_None;
+    uint64_t first = 0;
+    size_t commands = 0;
+    for (size_t i = 0; i < n; i++) {
+        commands += batches[i].count;
+    }
+    if (given) {
+        first = PyLong_AsUnsignedLongLong(user_data);
+        if (first == UINT64_MAX && PyErr_Occurred()) {
+            return -1;
+        }
+        if (commands > 0 && commands - 1 > UINT64_MAX - first) {
+            PyErr_Format(PyExc_OverflowError, "user_data %R and %zu commands: beyond 2**64-1",
+                         user_data, commands);
+            return -1;
+        }
+    }
+    ring_lock(self);
+    ring_forget_closed_locked(self);
+    if (!given) {
+        first = self->next_token;
+        self->next_token += commands;
+    }
+    for (size_t i = 0; i < n; i++) {
+        batches[i].first_user_data = first;
+        first += batches[i].count;
+    }
+    int result = hold_and_send_locked(self, batches, n, commands);
+    ring_unlock(self);
+    return result == DONE ? 0 : raise_unsent(result, batches, n);
+}
+
 /* ---- Checking ---------------------------------------------------------------------------- */
+
+/* What commands are held to: a copy of the ring's and the source's, which stays in registers. */
+struct bounds {
+    uint64_t start; /* of the stream's buffer */
+    uint64_t room;
+    uint64_t capacity;
+    uint32_t nsid;
+    uint32_t lba_shift;
+    uint32_t max_transfer;
+    uint32_t registered;      /* buffers */
+    uint32_t most_registered; /* bytes of a command that goes into one */
+};
 
 /* The registered buffer that holds all of the range, or NOT_REGISTERED. */
 static inline uint16_t
-registered_buffer(const Ring *self, uint64_t offset, uint32_t nbytes)
+registered_buffer(uint32_t registered, uint64_t offset, uint32_t nbytes)
 {
     const uint64_t first = offset >> REGISTERED_SHIFT;
     const uint64_t last = (offset + nbytes - 1) >> REGISTERED_SHIFT;
-    return first == last && first < self->registered ? (uint16_t)first : NOT_REGISTERED;
+    return first == last && first < registered ? (uint16_t)first : NOT_REGISTERED;
 }
 
 /* ValueError for the first command that may not be sent. Returns -1. */
@@ -353,36 +533,51 @@ refuse(const Ring *self, const Source *source, Py_ssize_t index, const struct nv
     return -1;
 }
 
-/* 64 bytes of the caller's, as a command that may be sent. -1 with ValueError. */
-static inline int
-check_command(const Ring *self, const Source *source, const unsigned char *wire, Py_ssize_t index,
-              struct command *command)
+/* 64 bytes of the caller's, as a command that may be sent. False: `read` breaks a rule, or `wrong` says
+ * what is. */
+static inline bool
+check_command(const struct bounds *bounds, const unsigned char *wire, struct command *command,
+              struct nvme_read *read, const char **wrong)
 {
-    struct nvme_read read;
-    const char *wrong = wire_decode(wire, &read);
-    if (wrong != NULL) {
-        PyErr_Format(PyExc_ValueError, "command %zd: %s", index, wrong);
-        return -1;
+    *wrong = wire_decode(wire, read);
+    if (*wrong != NULL) {
+        return false;
     }
-    const uint64_t nbytes = (uint64_t)read.blocks << source->lba_shift;
-    const uint64_t room = (uint64_t)self->memory.len;
-    const uint64_t offset = read.address - (uintptr_t)self->memory.buf; /* below it: wraps, huge */
-    if (read.nsid != source->nsid || read.lba >= source->capacity ||
-        read.blocks > source->capacity - read.lba || nbytes > source->max_transfer ||
-        offset >= room || nbytes > room - offset || read.address & 3) {
-        return refuse(self, source, index, &read);
+    const uint64_t nbytes = (uint64_t)read->blocks << bounds->lba_shift;
+    const uint64_t offset = read->address - bounds->start; /* below it: wraps, huge */
+    if (read->nsid != bounds->nsid || read->lba >= bounds->capacity ||
+        read->blocks > bounds->capacity - read->lba || nbytes > bounds->max_transfer ||
+        offset >= bounds->room || nbytes > bounds->room - offset || read->address & 3) {
+        return false;
     }
-    command->position = read.lba;
-    command->address = read.address;
+    command->position = read->lba;
+    command->address = read->address;
     command->nbytes = (uint32_t)nbytes;
-    /* What it can't map of a registered buffer Linux 6.12 copies, and says nothing: its own pages
-     * are then the drive's target (blk_rq_map_user_iov). Unregistered memory it maps or refuses. */
-    command->registered = nbytes <= self->registered_most && nbytes <= source->safe_transfer
-                              ? registered_buffer(self, offset, (uint32_t)nbytes)
+    command->registered = nbytes <= bounds->most_registered
+                              ? registered_buffer(bounds->registered, offset, (uint32_t)nbytes)
                               : NOT_REGISTERED;
-    return 0;
+    return true;
 }
 
+static struct bounds
+bounds_of(const Ring *self, const Source *source)
+{
+    const uint32_t most = self->registered_most;
+    return (struct bounds){
+        .start = (uintptr_t)self->memory.buf,
+        .room = (uint64_t)self->memory.len,
+        .capacity = source->capacity,
+        .nsid = source->nsid,
+        .lba_shift = source->lba_shift,
+        .max_transfer = source->max_transfer,
+        .registered = self->registered,
+        /* What it can't map of a registered buffer Linux 6.12 copies, and says nothing: its own pages
+         * are then the drive's target (blk_rq_map_user_iov). Unregistered memory it maps or refuses. */
+        .most_registered = most < source->safe_transfer ? most : source->safe_transfer,
+    };
+}
+
+/* Fills a batch with the commands in `wire`. -1 with ValueError if one of them may not be sent. */
 static int
 check_commands(const Ring *self, struct batch *batch, const Py_buffer *wire)
 {
@@ -397,19 +592,18 @@ check_commands(const Ring *self, struct batch *batch, const Py_buffer *wire)
                      batch->source->path, batch->source->metadata_size);
         return -1;
     }
-    batch->count = (size_t)wire->len / WIRE_BYTES;
-    if (batch->count > sizeof(batch->few) / sizeof(batch->few[0])) {
-        batch->commands = PyMem_New(struct command, batch->count);
-        if (batch->commands == NULL) {
-            PyErr_NoMemory();
-            return -1;
-        }
+    if (batch_allocate(batch, (size_t)wire->len / WIRE_BYTES) < 0) {
+        return -1;
     }
+    const struct bounds bounds = bounds_of(self, batch->source);
     const unsigned char *bytes = wire->buf;
     for (size_t i = 0; i < batch->count; i++) {
-        if (check_command(self, batch->source, bytes + i * WIRE_BYTES, (Py_ssize_t)i,
-                          &batch->commands[i]) < 0) {
-            return -1;
+        struct nvme_read read;
+        const char *wrong;
+        if (!check_command(&bounds, bytes + i * WIRE_BYTES, &batch->commands[i], &read, &wrong)) {
+            return wrong != NULL
+                       ? (PyErr_Format(PyExc_ValueError, "command %zu: %s", i, wrong), -1)
+                       : refuse(self, batch->source, (Py_ssize_t)i, &read);
         }
     }
     return 0;
@@ -468,15 +662,36 @@ only_user_data(const char *call, Py_ssize_t positional, PyObject *const *args, P
 static PyObject *
 range_of(uint64_t first, size_t count)
 {
-    PyObject *start = PyLong_FromUnsignedLongLong(first);
-    PyObject *length = PyLong_FromSize_t(count);
-    PyObject *stop = start && length ? PyNumber_Add(start, length) : NULL;
-    PyObject *range =
-        stop ? PyObject_CallFunctionObjArgs((PyObject *)&PyRange_Type, start, stop, NULL) : NULL;
+    PyObject *range = NULL, *start = PyLong_FromUnsignedLongLong(first), *stop = NULL;
+    if (start != NULL) {
+        stop = count <= UINT64_MAX - first ? PyLong_FromUnsignedLongLong(first + count)
+                                           : PyLong_FromString("18446744073709551616", NULL, 10);
+    }
+    if (stop != NULL) {
+        PyObject *const args[] = {start, stop};
+        range = PyObject_Vectorcall((PyObject *)&PyRange_Type, args, 2, NULL);
+    }
     Py_XDECREF(start);
-    Py_XDECREF(length);
     Py_XDECREF(stop);
     return range;
+}
+
+/* A batch of the packed commands that `object` has, from `namespace`. -1 with an exception; either
+ * way batch_clear ends it. */
+static int
+passthrough_batch(Ring *self, struct batch *batch, PyObject *namespace, PyObject *object)
+{
+    Py_buffer wire;
+    batch->way = WAY_PASSTHROUGH;
+    batch->lasting = true;
+    batch->commands = batch->few;
+    batch->source = namespace_source(self, namespace);
+    if (batch->source == NULL || PyObject_GetBuffer(object, &wire, PyBUF_SIMPLE) < 0) {
+        return -1;
+    }
+    int failed = check_commands(self, batch, &wire);
+    PyBuffer_Release(&wire);
+    return failed;
 }
 
 PyObject *
@@ -484,30 +699,91 @@ ring_submit_nvme_passthrough(Ring *self, PyObject *const *args, Py_ssize_t nargs
                              PyObject *keywords)
 {
     PyObject *user_data, *tokens = NULL;
-    Py_buffer wire;
-    struct batch batch = {.way = WAY_PASSTHROUGH, .commands = batch.few};
-
+    struct batch batch;
     if (only_user_data("submit_nvme_passthrough(namespace, commands, *, user_data=None)", 2, args,
                        nargs, keywords, &user_data) < 0 ||
         ring_check_caller(self) < 0) {
         return NULL;
     }
-    batch.source = namespace_source(self, args[0]);
-    if (batch.source == NULL) {
-        return NULL;
-    }
-    if (PyObject_GetBuffer(args[1], &wire, PyBUF_SIMPLE) < 0) {
-        Py_DECREF(batch.source);
-        return NULL;
-    }
-    if (check_commands(self, &batch, &wire) == 0 && send_batch(self, &batch, user_data) == 0) {
+    batch.sent = 0;
+    if (passthrough_batch(self, &batch, args[0], args[1]) == 0 &&
+        send_batches(self, &batch, 1, user_data) == 0) {
         tokens = range_of(batch.first_user_data, batch.count);
     }
-    if (batch.commands != batch.few) {
-        PyMem_Free(batch.commands);
+    batch_clear(&batch);
+    return tokens;
+}
+
+/* ---- submit_nvme_passthroughs ------------------------------------------------------------ */
+
+/* Batch `index` of the caller's sequence. -1 with an exception that says which one it is. */
+static int
+passthrough_batch_of(Ring *self, struct batch *batch, PyObject *pair, Py_ssize_t index)
+{
+    batch->commands = batch->few;
+    if (!PyTuple_Check(pair) || PyTuple_GET_SIZE(pair) != 2) {
+        PyErr_Format(PyExc_TypeError, "batches[%zd] must be a tuple (namespace, commands)", index);
+        return -1;
     }
-    PyBuffer_Release(&wire);
-    Py_DECREF(batch.source);
+    if (passthrough_batch(self, batch, PyTuple_GET_ITEM(pair, 0), PyTuple_GET_ITEM(pair, 1)) < 0) {
+        PyObject *note = PyUnicode_FromFormat("in batches[%zd]; none was submitted", index);
+        compat_add_note(note);
+        Py_XDECREF(note);
+        return -1;
+    }
+    return 0;
+}
+
+static PyObject *
+list_of_ranges(const struct batch *batches, Py_ssize_t n)
+{
+    PyObject *list = PyList_New(n);
+    for (Py_ssize_t i = 0; list != NULL && i < n; i++) {
+        PyObject *range = range_of(batches[i].first_user_data, batches[i].count);
+        if (range == NULL) {
+            Py_CLEAR(list);
+            break;
+        }
+        PyList_SET_ITEM(list, i, range);
+    }
+    return list;
+}
+
+PyObject *
+ring_submit_nvme_passthroughs(Ring *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"batches", "user_data", NULL};
+    PyObject *given, *user_data = NULL, *tokens = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|$O:submit_nvme_passthroughs", names, &given,
+                                     &user_data) ||
+        ring_check_caller(self) < 0) {
+        return NULL;
+    }
+    PyObject *pairs = PySequence_Tuple(given); /* a copy: checking runs Python code */
+    if (pairs == NULL) {
+        return NULL;
+    }
+    const Py_ssize_t n = PyTuple_GET_SIZE(pairs);
+    Py_ssize_t filled = 0;
+    struct batch *batches = PyMem_Calloc((size_t)n, sizeof(*batches));
+    if (batches == NULL) {
+        Py_DECREF(pairs);
+        return PyErr_NoMemory();
+    }
+    int failed = 0;
+    while (filled < n && !failed) {
+        failed = passthrough_batch_of(self, &batches[filled], PyTuple_GET_ITEM(pairs, filled),
+                                      filled);
+        filled++;
+    }
+    if (!failed && send_batches(self, batches, (size_t)n, user_data) == 0) {
+        tokens = list_of_ranges(batches, n);
+    }
+    while (filled > 0) {
+        batch_clear(&batches[--filled]);
+    }
+    PyMem_Free(batches);
+    Py_DECREF(pairs);
     return tokens;
 }
 
@@ -526,12 +802,13 @@ name_of(PyObject *file, int fd)
     return PyUnicode_FromFormat("file descriptor %d", fd);
 }
 
-/* A Source on a descriptor of its own, since the caller's may be closed and its number reused
- * while the batch waits for room. */
+/* The Source that `file` keeps (`lasting`), or one on a descriptor of its own, since the caller's may
+ * be closed and its number reused while the batch waits for room. */
 static Source *
-file_source(Ring *self, PyObject *file)
+file_source(Ring *self, PyObject *file, bool *lasting)
 {
     Source *source = source_of(self, file);
+    *lasting = source != NULL;
     if (source != NULL || PyErr_Occurred()) {
         if (source != NULL && source->is_nvme) {
             PyErr_Format(PyExc_TypeError,
@@ -581,13 +858,20 @@ in_range(PyObject *integer, const char *name, int64_t least, int64_t most, int64
     return failed ? -1 : 0;
 }
 
+/* The longest read that may be asked for. */
+static inline int64_t
+most_bytes(const Ring *self)
+{
+    return self->memory.len < MOST_BYTES ? self->memory.len : MOST_BYTES;
+}
+
 static int
 check_file_read(const Ring *self, struct command *command, PyObject *file_offset, PyObject *nbytes,
                 PyObject *target_offset)
 {
     int64_t position, length, target;
     const int64_t room = self->memory.len;
-    if (in_range(nbytes, "nbytes", 1, room < MOST_BYTES ? room : MOST_BYTES, &length) < 0 ||
+    if (in_range(nbytes, "nbytes", 1, most_bytes(self), &length) < 0 ||
         in_range(target_offset, "target_offset", 0, room - length, &target) < 0 ||
         in_range(file_offset, "file_offset", 0, INT64_MAX - length, &position) < 0) {
         return -1;
@@ -595,7 +879,7 @@ check_file_read(const Ring *self, struct command *command, PyObject *file_offset
     command->position = (uint64_t)position;
     command->address = (uintptr_t)self->memory.buf + (uint64_t)target;
     command->nbytes = (uint32_t)length;
-    command->registered = registered_buffer(self, (uint64_t)target, (uint32_t)length);
+    command->registered = registered_buffer(self->registered, (uint64_t)target, (uint32_t)length);
     return 0;
 }
 
@@ -618,6 +902,27 @@ refuse_fixed(Ring *self)
     return -1;
 }
 
+/* Sends a batch of checked reads of `file`, and clears it. -1 with an exception. */
+static int
+send_file_reads(Ring *self, struct batch *batch, PyObject *file, bool fixed, PyObject *user_data)
+{
+    for (size_t i = 0; i < batch->count; i++) {
+        if (!fixed) {
+            batch->commands[i].registered = NOT_REGISTERED;
+        }
+        else if (batch->commands[i].registered == NOT_REGISTERED) {
+            return refuse_fixed(self);
+        }
+    }
+    batch->source = file_source(self, file, &batch->lasting);
+    if (batch->source == NULL) {
+        return -1;
+    }
+    /* Without O_DIRECT the page cache copies, whatever the opcode. */
+    batch->way = !batch->source->is_direct ? WAY_BUFFERED : fixed ? WAY_FILE_FIXED : WAY_FILE_DIRECT;
+    return send_batches(self, batch, 1, user_data);
+}
+
 static PyObject *
 submit_file_read(Ring *self, PyObject *args, PyObject *kwargs, bool fixed)
 {
@@ -632,22 +937,10 @@ submit_file_read(Ring *self, PyObject *args, PyObject *kwargs, bool fixed)
         ring_check_caller(self) < 0) {
         return NULL;
     }
-    if (!fixed) {
-        batch.few[0].registered = NOT_REGISTERED;
-    }
-    else if (batch.few[0].registered == NOT_REGISTERED && refuse_fixed(self) < 0) {
-        return NULL;
-    }
-    batch.source = file_source(self, file);
-    if (batch.source == NULL) {
-        return NULL;
-    }
-    /* Without O_DIRECT the page cache copies, whatever the opcode. */
-    batch.way = !batch.source->is_direct ? WAY_BUFFERED : fixed ? WAY_FILE_FIXED : WAY_FILE_DIRECT;
-    if (send_batch(self, &batch, user_data) == 0) {
+    if (send_file_reads(self, &batch, file, fixed, user_data) == 0) {
         token = PyLong_FromUnsignedLongLong(batch.first_user_data);
     }
-    Py_DECREF(batch.source);
+    batch_clear(&batch);
     return token;
 }
 
@@ -661,4 +954,131 @@ PyObject *
 ring_submit_read_fixed(Ring *self, PyObject *args, PyObject *kwargs)
 {
     return submit_file_read(self, args, kwargs, true);
+}
+
+/* ---- submit_reads, submit_reads_fixed ---------------------------------------------------- */
+
+/* What the caller gave for a batch of reads: arrays, and one size for all or an array of them. */
+struct read_arrays {
+    Py_buffer offsets;
+    Py_buffer sizes;
+    Py_buffer targets;
+    uint32_t one_size;
+    bool has_sizes;
+};
+
+static void
+read_arrays_release(struct read_arrays *arrays)
+{
+    PyBuffer_Release(&arrays->offsets);
+    PyBuffer_Release(&arrays->sizes);
+    PyBuffer_Release(&arrays->targets);
+}
+
+static int
+read_arrays_get(const Ring *self, struct read_arrays *arrays, PyObject *file_offsets,
+                PyObject *nbytes, PyObject *target_offsets)
+{
+    int64_t size = 0;
+    arrays->has_sizes = !is_scalar(nbytes);
+    if (get_integers(file_offsets, "file_offsets", 8, &arrays->offsets) < 0 ||
+        get_integers(target_offsets, "target_offsets", 8, &arrays->targets) < 0 ||
+        (arrays->has_sizes ? get_integers(nbytes, "nbytes", 4, &arrays->sizes)
+                           : in_range(nbytes, "nbytes", 1, most_bytes(self), &size)) < 0) {
+        return -1;
+    }
+    arrays->one_size = (uint32_t)size;
+    const Py_ssize_t n = arrays->offsets.len / 8;
+    if (arrays->targets.len / 8 != n || (arrays->has_sizes && arrays->sizes.len / 4 != n)) {
+        PyErr_Format(PyExc_ValueError,
+                     "arrays of different lengths: file_offsets %zd, nbytes %zd, target_offsets "
+                     "%zd",
+                     n, arrays->has_sizes ? arrays->sizes.len / 4 : n, arrays->targets.len / 8);
+        return -1;
+    }
+    return 0;
+}
+
+/* Read `index` of the arrays, as a command that may be sent. -1 with ValueError. */
+static inline int
+check_array_read(const Ring *self, const struct read_arrays *arrays, size_t index,
+                 struct command *command)
+{
+    const uint64_t room = (uint64_t)self->memory.len;
+    uint64_t position, target;
+    uint32_t nbytes = arrays->one_size;
+    memcpy(&position, (const char *)arrays->offsets.buf + index * 8, 8);
+    memcpy(&target, (const char *)arrays->targets.buf + index * 8, 8);
+    if (arrays->has_sizes) {
+        memcpy(&nbytes, (const char *)arrays->sizes.buf + index * 4, 4);
+    }
+    const bool sized = nbytes >= 1 && nbytes <= most_bytes(self);
+    if (!sized || target > room - nbytes || position > (uint64_t)INT64_MAX - nbytes) {
+        PyErr_Format(PyExc_ValueError,
+                     "read %zu: file_offset is %llu, nbytes %u, target_offset %llu: the buffer has "
+                     "%llu bytes, a read at most %lld, and a file ends before 2**63",
+                     index, (unsigned long long)position, nbytes, (unsigned long long)target,
+                     (unsigned long long)room, (long long)most_bytes(self));
+        return -1;
+    }
+    *command = (struct command){
+        .position = position,
+        .address = (uintptr_t)self->memory.buf + target,
+        .nbytes = nbytes,
+        .registered = registered_buffer(self->registered, target, nbytes),
+    };
+    return 0;
+}
+
+static int
+check_array_reads(const Ring *self, const struct read_arrays *arrays, struct batch *batch)
+{
+    if (batch_allocate(batch, (size_t)arrays->offsets.len / 8) < 0) {
+        return -1;
+    }
+    for (size_t i = 0; i < batch->count; i++) {
+        if (check_array_read(self, arrays, i, &batch->commands[i]) < 0) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
+static PyObject *
+submit_file_reads(Ring *self, PyObject *args, PyObject *kwargs, bool fixed)
+{
+    static char *names[] = {"file",      "file_offsets", "nbytes", "target_offsets",
+                            "user_data", NULL};
+    PyObject *file, *file_offsets, *nbytes, *target_offsets, *user_data = NULL, *tokens = NULL;
+    struct read_arrays arrays = {0};
+    struct batch batch;
+    batch.sent = 0;
+    batch.source = NULL;
+    batch.commands = batch.few;
+
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|$O", names, &file, &file_offsets, &nbytes,
+                                     &target_offsets, &user_data) ||
+        ring_check_caller(self) < 0) {
+        return NULL;
+    }
+    if (read_arrays_get(self, &arrays, file_offsets, nbytes, target_offsets) == 0 &&
+        check_array_reads(self, &arrays, &batch) == 0 &&
+        send_file_reads(self, &batch, file, fixed, user_data) == 0) {
+        tokens = range_of(batch.first_user_data, batch.count);
+    }
+    batch_clear(&batch);
+    read_arrays_release(&arrays);
+    return tokens;
+}
+
+PyObject *
+ring_submit_reads(Ring *self, PyObject *args, PyObject *kwargs)
+{
+    return submit_file_reads(self, args, kwargs, false);
+}
+
+PyObject *
+ring_submit_reads_fixed(Ring *self, PyObject *args, PyObject *kwargs)
+{
+    return submit_file_reads(self, args, kwargs, true);
 }

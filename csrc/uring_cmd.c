@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
@@ -192,6 +193,19 @@ open_ring(Ring *self, uint32_t depth)
     return -result;
 }
 
+/* What makes commands cheaper and can be done without: a table of registered files, so that the kernel
+ * takes no reference to the file for each command, and the ring's descriptor registered too, which
+ * holds for one thread. */
+static void
+register_what_works(Ring *self)
+{
+    self->registers_files = io_uring_register_files_sparse(&self->ring, REGISTERED_FILES) == 0;
+    if (self->setup_flags & IORING_SETUP_SINGLE_ISSUER &&
+        io_uring_register_ring_fd(&self->ring) == 1) {
+        self->enter_flags = IORING_ENTER_REGISTERED_RING;
+    }
+}
+
 /* Registers the memory with the kernel, which then pins its pages once and not for every command.
  * 0 or a positive errno. */
 static int
@@ -295,18 +309,24 @@ ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         Py_CLEAR(self);
         return NULL;
     }
+    register_what_works(self);
     self->state = RING_OPEN;
     return (PyObject *)self;
 }
 
 /* ---- Closing ----------------------------------------------------------------------------- */
 
-/* Outcomes that nobody took hold their sources still. */
+/* Outcomes that nobody took hold their sources still, and so does the table of registered files. */
 static void
-drop_outcomes_locked(Ring *self)
+drop_sources_locked(Ring *self)
 {
     while (self->table.ready > 0) {
-        holder_drop(&self->table, outcome_at(&self->table, --self->table.ready)->holder);
+        holder_drop(&self->table, outcome_at(&self->table, --self->table.ready)->holder, 1);
+    }
+    for (uint32_t i = 0; i < self->table.holders_allocated; i++) {
+        if (self->table.holders[i].registered) {
+            holder_finish(&self->table, i);
+        }
     }
 }
 
@@ -315,6 +335,16 @@ static void
 tear_down(Ring *self)
 {
     if (self->ring.ring_fd >= 0) {
+        const bool forked = is_forked(self);
+        if (self->registers_files && !forked) {
+            /* What is left to the ring's end is let go of some time after it, by a kernel thread. */
+            io_uring_unregister_files(&self->ring);
+        }
+        if (forked || !pthread_equal(self->owner_thread, pthread_self())) {
+            /* A registered descriptor's index is its thread's; here it may be another ring's. No
+             * thread has this one, and the owner's end frees its own. */
+            self->ring.enter_ring_fd = INT_MAX;
+        }
         io_uring_queue_exit(&self->ring);
         self->ring.ring_fd = -1;
     }
@@ -387,7 +417,7 @@ ring_close(Ring *self, PyObject *args, PyObject *kwargs)
     const bool last = result == DONE && self->state != RING_CLOSED;
     if (last) {
         self->state = RING_CLOSED; /* from here on no other thread touches the ring */
-        drop_outcomes_locked(self);
+        drop_sources_locked(self);
     }
     ring_unlock(self);
     if (last) {
@@ -452,7 +482,7 @@ ring_dealloc(Ring *self)
     }
     PyObject_GC_UnTrack(self);
     if (inflight_count(&self->table) == 0 || is_forked(self)) {
-        drop_outcomes_locked(self);
+        drop_sources_locked(self);
         tear_down(self);
         Source *source;
         while ((source = inflight_finished_source(&self->table)) != NULL) {
@@ -719,6 +749,16 @@ PyDoc_STRVAR(
     "kernel takes no more; a note on the exception says how many were submitted before.\n");
 
 PyDoc_STRVAR(
+    passthroughs_doc,
+    "submit_nvme_passthroughs($self, batches, *, user_data=None)\n--\n\n"
+    "Submit read commands to several namespaces; returns the user_data of each batch as a range.\n\n"
+    "batches is a sequence of (namespace, commands), each as submit_nvme_passthrough takes them, and\n"
+    "checked so: one bad command, and none of any batch is submitted. Where they don't fit the ring\n"
+    "together, each namespace has its share of the slots, refilled as its own commands complete, so\n"
+    "that every drive's queue is kept full, and a slow drive holds up no other. user_data count up\n"
+    "through all batches. A namespace's share is depth / number of batches with commands left.\n");
+
+PyDoc_STRVAR(
     read_doc,
     "submit_read($self, file, file_offset, nbytes, target_offset, *, user_data=None)\n--\n\n"
     "Submit a read of a file into the buffer (IORING_OP_READ); returns its user_data.\n\n"
@@ -734,6 +774,21 @@ PyDoc_STRVAR(
     "user_data.\n\n"
     "As submit_read, for host memory, whose pages the kernel pinned once when the stream was made.\n"
     "OSError says why if it couldn't register the buffer: peer memory it never can.\n");
+
+PyDoc_STRVAR(
+    reads_doc,
+    "submit_reads($self, file, file_offsets, nbytes, target_offsets, *, user_data=None)\n--\n\n"
+    "Submit n reads of a file into the buffer in one call; returns their user_data as a range.\n\n"
+    "Each as submit_read does. file_offsets and target_offsets are contiguous buffers of n 64-bit\n"
+    "integers (array('Q'), NumPy), nbytes an int for all or a buffer of n 32-bit integers.\n"
+    "ValueError names the first read that is outside the buffer; none is submitted then.\n");
+
+PyDoc_STRVAR(
+    reads_fixed_doc,
+    "submit_reads_fixed($self, file, file_offsets, nbytes, target_offsets, *, user_data=None)\n"
+    "--\n\n"
+    "Submit n reads of a file into the registered buffer in one call, each as submit_read_fixed\n"
+    "does; returns their user_data as a range. The arguments are those of submit_reads.\n");
 
 PyDoc_STRVAR(
     wait_into_doc,
@@ -759,9 +814,14 @@ PyDoc_STRVAR(fileno_doc,
 static PyMethodDef ring_methods[] = {
     {"submit_nvme_passthrough", KEYWORDS(ring_submit_nvme_passthrough),
      METH_FASTCALL | METH_KEYWORDS, passthrough_doc},
+    {"submit_nvme_passthroughs", KEYWORDS(ring_submit_nvme_passthroughs),
+     METH_VARARGS | METH_KEYWORDS, passthroughs_doc},
     {"submit_read", KEYWORDS(ring_submit_read), METH_VARARGS | METH_KEYWORDS, read_doc},
     {"submit_read_fixed", KEYWORDS(ring_submit_read_fixed), METH_VARARGS | METH_KEYWORDS,
      read_fixed_doc},
+    {"submit_reads", KEYWORDS(ring_submit_reads), METH_VARARGS | METH_KEYWORDS, reads_doc},
+    {"submit_reads_fixed", KEYWORDS(ring_submit_reads_fixed), METH_VARARGS | METH_KEYWORDS,
+     reads_fixed_doc},
     {"wait_into", KEYWORDS(ring_wait_into), METH_FASTCALL | METH_KEYWORDS, wait_into_doc},
     {"close", KEYWORDS(ring_close), METH_VARARGS | METH_KEYWORDS, close_doc},
     {"fileno", (PyCFunction)ring_fileno, METH_NOARGS, fileno_doc},

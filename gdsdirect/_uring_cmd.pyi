@@ -1,4 +1,5 @@
 # csrc/uring_cmd.c and its companions; the docstrings are there.
+from collections.abc import Iterable
 from typing import Protocol, Self, SupportsIndex, final
 
 from typing_extensions import Buffer, disjoint_base
@@ -71,6 +72,9 @@ class Ring:
     def submit_nvme_passthrough(
         self, namespace: Namespace, commands: Buffer, *, user_data: int | None = None
     ) -> range: ...
+    def submit_nvme_passthroughs(
+        self, batches: Iterable[tuple[Namespace, Buffer]], *, user_data: int | None = None
+    ) -> list[range]: ...
     def submit_read(
         self,
         file: int | _HasFileno,
@@ -89,6 +93,24 @@ class Ring:
         *,
         user_data: int | None = None,
     ) -> int: ...
+    def submit_reads(
+        self,
+        file: int | _HasFileno,
+        file_offsets: Buffer,
+        nbytes: SupportsIndex | Buffer,
+        target_offsets: Buffer,
+        *,
+        user_data: int | None = None,
+    ) -> range: ...
+    def submit_reads_fixed(
+        self,
+        file: int | _HasFileno,
+        file_offsets: Buffer,
+        nbytes: SupportsIndex | Buffer,
+        target_offsets: Buffer,
+        *,
+        user_data: int | None = None,
+    ) -> range: ...
     def wait_into(self, out: Buffer, count: int = 1, timeout: float | None = None) -> int: ...
     def fileno(self) -> int: ...
     def close(self, timeout: float | None = None) -> None: ...

@@ -8,10 +8,12 @@ from array import array
 from typing import TYPE_CHECKING, Self
 
 from gdsdirect._nvme_sqe import encode_nvme_read_sqes
+from gdsdirect.errors import ring_module
 from gdsdirect.namespace import Namespace
 from gdsdirect.stream import DataPath
 
 if TYPE_CHECKING:
+    from gdsdirect._uring_cmd import Source
     from gdsdirect.stream import AsyncUringStream
 
 _PIECE = 1 << 20  # bytes of one read of a file: large enough that its overhead doesn't show
@@ -33,7 +35,6 @@ class File:
         self.path = os.fspath(path)
         self.why: str | None = None
         self._namespace: Namespace | None = None
-        self._fd = -1
         mode = os.stat(self.path).st_mode
         if stat.S_ISCHR(mode):
             self._namespace = Namespace(self.path)
@@ -45,14 +46,16 @@ class File:
                 f"{self.path} is neither a file nor a device: give an NVMe namespace (/dev/ngXnY), "
                 "a block device or a regular file"
             )
-        self._fd = self._open_direct()
+        fd = self._open_direct()
         self.alignment = _DIRECT_ALIGNMENT if self.why is None else 1
         try:
-            self.size = os.lseek(self._fd, 0, os.SEEK_END)
+            self.size = os.lseek(fd, 0, os.SEEK_END)
         except OSError as error:
-            os.close(self._fd)
+            os.close(fd)
             text = f"{error.strerror}: a file without an end can't be read, such as those in /proc"
             raise OSError(error.errno, text, self.path) from None
+        # The ring finds it by this name, and registers the file as long as it is open.
+        self._source: Source = ring_module().Source(fd, self.path)
 
     def _open_direct(self) -> int:
         flags = os.O_RDONLY | os.O_CLOEXEC
@@ -114,21 +117,29 @@ class File:
     def _submit_reads(
         self, stream: AsyncUringStream, offset: int, nbytes: int, target_offset: int
     ) -> int:
-        submit = stream.submit_read_fixed if stream.registered else stream.submit_read
+        submit = stream.submit_reads_fixed if stream.registered else stream.submit_reads
         starts = range(0, nbytes, _PIECE)
-        for start in starts:
-            piece = min(_PIECE, nbytes - start)
-            piece += -piece % self.alignment
-            submit(self._fd, offset + start, piece, target_offset + start)
-        return len(starts)
+        tokens = submit(
+            self,
+            array("Q", [offset + start for start in starts]),
+            array("I", [self._aligned(min(_PIECE, nbytes - start)) for start in starts]),
+            array("Q", [target_offset + start for start in starts]),
+        )
+        return len(tokens)
+
+    def _aligned(self, nbytes: int) -> int:
+        return nbytes + -nbytes % self.alignment
+
+    def fileno(self) -> int:
+        """The descriptor, still owned by this object; ValueError once closed."""
+        return self._namespace.fileno() if self._namespace is not None else self._source.fileno()
 
     def close(self) -> None:
         """Close the file."""
         if self._namespace is not None:
             self._namespace.close()
-        elif self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        else:
+            self._source.close()
 
     def __enter__(self) -> Self:
         return self

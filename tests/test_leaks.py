@@ -407,6 +407,58 @@ def _submit(world: World) -> None:
     fails(ValueError, world.closed_stream.submit_nvme_passthrough, world.namespace, world.good)
 
 
+@calls("AsyncUringStream.submit_nvme_passthroughs")
+def _submit_several(world: World) -> None:
+    submit = world.stream.submit_nvme_passthroughs
+    good = (world.namespace, world.good * 50)
+    with Namespace("/dev/null", geometry=GEOMETRY) as other:
+        submit([good, (other, world.good * 3)], user_data=5)
+    submit(iter([good]))
+    submit([])
+    assert len(world.stream.wait(103)) == 103
+    fails(ValueError, submit, [good, (world.namespace, world.good * 50 + world.bad)])
+    fails(ValueError, submit, [good, (world.closed_namespace, world.good)])
+    fails(OverflowError, submit, [good, good], user_data=2**64 - 60)
+    fails(TypeError, submit, [good, (world.file, world.good)])
+    fails(TypeError, submit, [good, [world.namespace, world.good]])
+    fails(TypeError, submit, [good, 3])
+    fails(TypeError, submit, 3)
+    fails(TypeError, submit)
+    fails(ValueError, world.closed_stream.submit_nvme_passthroughs, [good])
+
+
+@calls("AsyncUringStream.submit_reads")
+def _submit_reads(world: World) -> None:
+    _batches_of_reads(world, world.stream.submit_reads, world.closed_stream.submit_reads)
+
+
+@calls("AsyncUringStream.submit_reads_fixed")
+def _submit_reads_fixed(world: World) -> None:
+    submit = world.stream.submit_reads_fixed
+    _batches_of_reads(world, submit, world.closed_stream.submit_reads_fixed)
+    with AsyncUringStream(world.buffer, 1, register=False) as stream:
+        offsets = array("Q", range(5))
+        fails(OSError, stream.submit_reads_fixed, world.file, offsets, 1, offsets)
+
+
+def _batches_of_reads(
+    world: World, submit: Callable[..., object], closed: Callable[..., object]
+) -> None:
+    offsets, sizes = array("Q", range(100)), array("I", [1] * 100)
+    submit(world.file, offsets, 10, offsets)
+    submit(world.file, offsets, sizes, offsets, user_data=7)
+    submit(world.file, array("Q"), 1, array("Q"))
+    assert len(world.stream.wait(200)) == 200
+    fails(ValueError, submit, world.file, offsets, 2**60, offsets)
+    fails(ValueError, submit, world.file, offsets, sizes[1:], offsets)
+    fails(ValueError, submit, world.file, array("Q", [2**63] * 100), 1, offsets)
+    fails(TypeError, submit, world.file, offsets, offsets, offsets)
+    fails(TypeError, submit, world.file, [1], 1, offsets)
+    fails(TypeError, submit, "file", offsets, 1, offsets)
+    fails(OverflowError, submit, world.file, array("q", [-1] * 100), 1, offsets)
+    fails(ValueError, closed, world.file, offsets, 1, offsets)
+
+
 @calls("AsyncUringStream.submit_read")
 def _submit_read(world: World) -> None:
     _reads(world, world.stream.submit_read, world.closed_stream.submit_read)

@@ -5,6 +5,7 @@ tested here; what a drive does with the commands is tested in tests/lab.
 """
 
 import asyncio
+import fcntl
 import gc
 import os
 import pickle
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 import weakref
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +36,7 @@ from gdsdirect import (
     ShortReadError,
     encode_nvme_read_sqe,
 )
+from gdsdirect.file import File
 
 MIB = 1 << 20
 GEOMETRY = Geometry(nsid=3, lba_size=512, capacity=1000, max_transfer=64 << 10)
@@ -334,6 +337,72 @@ def test_what_is_no_file(stream: AsyncUringStream, namespace: Namespace) -> None
         stream.submit_read(namespace, 0, 1, 0)
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 4, 100])
+def test_batches_of_reads(
+    stream: AsyncUringStream, buffer: GpuMappedBuffer, tmp_path: Path, fixed: bool, count: int
+) -> None:
+    """More than the ring has room for, of one size and of many, by a file and by its descriptor."""
+    data = os.urandom(100_000)
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    submit = stream.submit_reads_fixed if fixed else stream.submit_reads
+    offsets = array("Q", [i * 997 for i in range(count)])
+    targets = array("Q", [i * 1000 for i in range(count)])
+    sizes = array("I", [1 + i * 9 for i in range(count)])
+    with path.open("rb") as file:
+        assert submit(file, offsets, 900, targets) == range(count)
+        assert {c.result() for c in stream.wait(count)} <= {900}
+        with buffer.view() as view:
+            for offset, target in zip(offsets, targets, strict=True):
+                assert view[target : target + 900] == data[offset : offset + 900]
+            view[:] = bytes(MIB)
+        tokens = submit(file.fileno(), offsets, sizes, targets, user_data=500)
+        assert tokens == range(500, 500 + count)
+    done = sorted(stream.wait(count), key=lambda completion: completion.user_data)
+    assert [c.result() for c in done] == list(sizes)
+    with buffer.view() as view:
+        for offset, size, target in zip(offsets, sizes, targets, strict=True):
+            assert view[target : target + size] == data[offset : offset + size]
+    assert stream.stats.ways[DataPath.BUFFERED].registered == 2 * count * fixed
+
+
+@pytest.mark.parametrize(
+    ("offset", "nbytes", "target"),
+    [
+        (2**63 - 1, 1, 0),
+        (0, 0, 0),
+        (0, MIB + 1, 0),
+        (0, 1, MIB),
+        (0, 2, MIB - 1),
+        (0, 1, 2**64 - 1),
+    ],
+)
+def test_a_bad_read_in_a_batch_and_none_is_submitted(
+    stream: AsyncUringStream, offset: int, nbytes: int, target: int
+) -> None:
+    offsets, targets = array("Q", [0] * 100), array("Q", [0] * 100)
+    sizes = array("I", [1] * 100)
+    offsets[70], sizes[70], targets[70] = offset, nbytes, target
+    for submit in (stream.submit_reads, stream.submit_reads_fixed):
+        with open("/dev/zero", "rb") as file, pytest.raises(ValueError, match=r"^read 70: "):
+            submit(file, offsets, sizes, targets)
+    assert stream.stats.submitted == 0
+
+
+def test_batches_of_reads_of_different_lengths(stream: AsyncUringStream) -> None:
+    two, three = array("Q", [0] * 2), array("Q", [0] * 3)
+    sizes = array("I", [1] * 3)
+    with open("/dev/zero", "rb") as file:
+        for arguments in ((two, 1, three), (three, 1, two), (two, sizes, two)):
+            with pytest.raises(ValueError, match="arrays of different lengths"):
+                stream.submit_reads(file, *arguments)
+        with pytest.raises(ValueError, match="nbytes is 0"):
+            stream.submit_reads(file, two, 0, two)
+        with pytest.raises(TypeError, match="nbytes has elements of format 'Q'"):
+            stream.submit_reads(file, two, two, two)
+
+
 def test_an_unregistered_buffer_says_why(buffer: GpuMappedBuffer) -> None:
     with AsyncUringStream(buffer, register=False) as stream, open("/dev/zero", "rb") as file:
         assert not stream.registered
@@ -482,6 +551,139 @@ def test_wrong_depth(buffer: GpuMappedBuffer, depth: int) -> None:
 def test_what_is_no_buffer() -> None:
     with pytest.raises(TypeError, match="must be a GpuMappedBuffer, not 'bytearray'"):
         AsyncUringStream(bytearray(10))  # type: ignore[arg-type]
+
+
+# ---- Several namespaces
+
+
+def test_several_namespaces(stream: AsyncUringStream, buffer: GpuMappedBuffer) -> None:
+    """More than the ring has room for, from three namespaces and one of them twice."""
+    with (
+        Namespace("/dev/null", geometry=GEOMETRY) as one,
+        Namespace("/dev/null", geometry=GEOMETRY) as two,
+        Namespace("/dev/null", geometry=GEOMETRY) as three,
+    ):
+        counts = (100, 1, 0, 30)
+        batches = [
+            (drive, commands(buffer, count))
+            for drive, count in zip((one, two, three, one), counts, strict=True)
+        ]
+        tokens = stream.submit_nvme_passthroughs(batches)
+        assert tokens == [range(100), range(100, 101), range(101, 101), range(101, 131)]
+        assert sorted(c.user_data for c in stream.wait(131)) == list(range(131))
+        tokens = stream.submit_nvme_passthroughs(iter(batches), user_data=1000)
+        assert tokens[3] == range(1101, 1131)
+        assert {c.result() > 0 for c in stream.wait(131)} == {True}
+        assert stream.submit_nvme_passthroughs([]) == []
+
+
+def test_a_bad_command_for_one_of_several_and_none_is_submitted(
+    stream: AsyncUringStream, buffer: GpuMappedBuffer, namespace: Namespace
+) -> None:
+    good = (namespace, commands(buffer, 3))
+    bad = (namespace, commands(buffer, 2) + wrong(buffer, "lba"))
+    with pytest.raises(ValueError, match=r"^command 2: starting_lba 1000") as raised:
+        stream.submit_nvme_passthroughs([good, good, bad])
+    assert raised.value.__notes__ == ["in batches[2]; none was submitted"]
+    closed = Namespace("/dev/null", geometry=GEOMETRY)
+    closed.close()
+    with pytest.raises(ValueError, match="/dev/null is closed"):
+        stream.submit_nvme_passthroughs([good, (closed, commands(buffer, 2))])
+    for other in ((namespace,), [namespace, b""], b"12"):
+        with pytest.raises(TypeError, match=r"batches\[1\] must be a tuple"):
+            stream.submit_nvme_passthroughs([good, other])  # type: ignore[list-item]
+    with pytest.raises(OverflowError, match="6 commands"):
+        stream.submit_nvme_passthroughs([good, good], user_data=2**64 - 5)
+    assert stream.inflight == stream.stats.submitted == 0
+
+
+# ---- Registered files
+
+
+def open_files(path: str) -> int:
+    """How many open files, of the whole system, hold a lock on `path`: /proc/locks tells."""
+    inode = os.stat(path).st_ino
+    locks = Path("/proc/locks").read_text().splitlines()
+    return sum(f":{inode} " in line for line in locks)
+
+
+def locked(path: Path) -> File:
+    """A File whose lock stays as long as anyone, the kernel included, holds its open file."""
+    path.write_bytes(os.urandom(8192))
+    file = File(path)
+    fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+    return file
+
+
+@pytest.mark.parametrize("single_thread", [False, True])
+def test_a_registered_file_is_let_go_once_it_is_closed(
+    buffer: GpuMappedBuffer, tmp_path: Path, single_thread: bool
+) -> None:
+    """By the next call, even if its last command was in flight when it was closed."""
+    path = tmp_path / "file"
+    file = locked(path)
+    with AsyncUringStream(buffer, single_thread=single_thread) as stream:
+        for _ in range(3):
+            assert file.read_into(stream, offset=0, nbytes=8192) == 8192
+        stream.submit_read(file, 0, 4096, 0)
+        file.close()
+        with pytest.raises(ValueError, match=f"{path} is closed"):
+            stream.submit_read(file, 0, 4096, 0)
+        assert stream.wait()[0].result() == 4096
+        stream.poll()
+        assert gone(path)
+    file = locked(path)
+    with AsyncUringStream(buffer, single_thread=single_thread) as stream:
+        file.read_into(stream, offset=0, nbytes=8192)
+    file.close()
+    assert gone(path), "and by the stream's end"
+
+
+def gone(path: Path) -> bool:
+    """Linux 6.1 lets go of a file up to a second later."""
+    deadline = time.monotonic() + 5
+    while open_files(str(path)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not open_files(str(path))
+
+
+def test_more_sources_than_the_ring_registers(buffer: GpuMappedBuffer, tmp_path: Path) -> None:
+    paths = [tmp_path / str(i) for i in range(200)]
+    for path in paths:
+        path.write_text(f"{path.name:>4}")
+    files = [File(path) for path in paths]
+    with AsyncUringStream(buffer) as stream:
+
+        def read(some: list[File]) -> None:
+            for file in some:
+                assert file.read_into(stream, offset=0, nbytes=4) == 4
+                with buffer.view() as view:
+                    assert int(bytes(view[:4])) == int(Path(file.path).name)
+
+        read(files)
+        read(files)
+        for file in files[:100]:
+            file.close()
+        read(files[100:])
+    for file in files[100:]:
+        file.close()
+
+
+def test_a_stream_that_its_thread_left_unclosed(buffer: GpuMappedBuffer) -> None:
+    """Collected by another thread, whose own streams it leaves in peace."""
+    with AsyncUringStream(buffer, single_thread=True) as mine:
+        left = []
+        worker = threading.Thread(
+            target=lambda: left.append(AsyncUringStream(buffer, single_thread=True))
+        )
+        worker.start()
+        worker.join()
+        with pytest.warns(ResourceWarning, match="unclosed stream"):
+            left.clear()
+        with Namespace("/dev/null", geometry=GEOMETRY) as namespace:
+            for _ in range(10):
+                mine.submit_nvme_passthrough(namespace, commands(buffer, 300))
+                assert len(mine.wait(300)) == 300
 
 
 # ---- Lifetimes
@@ -959,6 +1161,19 @@ def test_a_polling_kernel_thread(buffer: GpuMappedBuffer, namespace: Namespace) 
     with AsyncUringStream(buffer, depth=8, sqpoll=True) as stream:
         stream.submit_nvme_passthrough(namespace, commands(buffer, 300))
         assert [c.result() > 0 for c in stream.wait(300)] == [True] * 300
+
+
+def test_a_polling_kernel_thread_that_is_late_to_say_what_it_consumed(
+    buffer: GpuMappedBuffer, namespace: Namespace
+) -> None:
+    """It posts CQEs before it gives the SQEs back: the ring waits for these."""
+    with AsyncUringStream(buffer, depth=3, sqpoll=True) as stream:
+        records = bytearray(16 * 3)
+        for _ in range(50_000):
+            stream.submit_nvme_passthrough(namespace, commands(buffer, 3))
+            while stream.inflight:
+                stream.wait_into(records, 1, 0)
+        assert stream.stats.completed == 150_000
 
 
 def test_options_that_do_not_go_together(buffer: GpuMappedBuffer) -> None:

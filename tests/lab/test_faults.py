@@ -225,8 +225,8 @@ def test_a_fast_drive_that_is_reset_again_and_again(buffer: GpuMappedBuffer) -> 
     """With a batch on its way each time, half of it done or all, and one without a reset after it.
 
     None is submitted during a reset: on Linux 6.12 the emulated drive then reports success, now and
-    then, for commands that it never executed, and nobody can tell. Nor is one sent again without the
-    registered buffer, as the first ones are on 6.1, where such a command can fail with EFAULT.
+    then, for commands that it never executed, and nobody can tell. Nor is one sent again without
+    the registered buffer, as the first ones are on 6.1, where such a command can fail with EFAULT.
     """
     drive = VICTIMS["fast"]
     extents = guest.pieces(0, drive.blocks, 8)
