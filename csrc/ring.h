@@ -139,10 +139,17 @@ PyObject *ring_submit_reads_fixed(Ring *self, PyObject *args, PyObject *kwargs);
  * IORING_OP_ASYNC_CANCEL to have everything cancelled. */
 void ring_send_own_locked(Ring *self, uint8_t opcode, unsigned count);
 
-/* Whether a command that came back with `res` was sent once more, without the registered buffer. The
- * kernel maps a registered buffer for NVMe by its pages, all that lie behind the target (6.1, EINVAL)
- * or those of the command (later, ENOMEM), and refuses more than the drive's queue has segments;
- * ordinary memory it maps by runs of pages, far fewer. Longer commands then go that way at once. */
+/* Whether a command that came back with `res` was sent again.
+ *
+ * Without the registered buffer: the kernel maps that for NVMe by its pages, all that lie behind the
+ * target (6.1, EINVAL) or those of the command (later, ENOMEM), and refuses more than the drive's queue
+ * has segments; ordinary memory it maps by runs of pages, far fewer. Longer commands then go that way
+ * at once.
+ *
+ * As it was, after EFAULT, some times: what finds the drive's queue frozen (a reset, a rescan) or full
+ * the kernel hands to a worker thread. One that was made while this process returned from an interrupt
+ * has no number of a system call in its registers, but -1; the kernel takes it for one of the x32 ABI,
+ * and cuts the target's address to 32 bits (nvme_to_user_ptr; seen on 6.1, 6.12 and 7.3). */
 bool ring_resend_locked(Ring *self, struct slot *slot, uint64_t id, int32_t res);
 
 /* reap.c */

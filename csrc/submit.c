@@ -14,6 +14,7 @@
 #define SQE_BYTES 128
 #define SQE_COMMAND_OFFSET 48 /* struct io_uring_sqe, cmd[]: 80 bytes with IORING_SETUP_SQE128 */
 #define REGISTERED_SHIFT 30   /* a registered buffer has at most 1 GiB (io_uring/rsrc.c) */
+#define MOST_FAULTS 20
 #define MOST_BYTES INT64_C(0x7FFFF000) /* of one read: MAX_RW_COUNT, include/linux/fs.h */
 
 _Static_assert(sizeof(struct nvme_kernel_cmd) <= SQE_BYTES - SQE_COMMAND_OFFSET, "fits the SQE");
@@ -272,15 +273,22 @@ ring_send_own_locked(Ring *self, uint8_t opcode, unsigned count)
 bool
 ring_resend_locked(Ring *self, struct slot *slot, uint64_t id, int32_t res)
 {
-    if (slot->registered == NOT_REGISTERED || slot->way != WAY_PASSTHROUGH ||
-        (res != -EINVAL && res != -ENOMEM)) {
+    if (slot->way != WAY_PASSTHROUGH) {
         return false;
     }
-    if (slot->nbytes <= self->registered_most) {
-        self->registered_most = slot->nbytes - 1;
+    if (res == -EFAULT && slot->faults < MOST_FAULTS) {
+        slot->faults++;
     }
-    self->counters[slot->way].registered--;
-    slot->registered = NOT_REGISTERED;
+    else if (slot->registered != NOT_REGISTERED && (res == -EINVAL || res == -ENOMEM)) {
+        if (slot->nbytes <= self->registered_most) {
+            self->registered_most = slot->nbytes - 1;
+        }
+        self->counters[slot->way].registered--;
+        slot->registered = NOT_REGISTERED;
+    }
+    else {
+        return false;
+    }
     const struct target target = target_of(self, slot->holder);
     prepare_locked(self, &target, slot, id);
     enter_at_last_locked(self);
@@ -297,7 +305,7 @@ start_locked(Ring *self, struct batch *batch, size_t count)
     struct slot slot = {
         .user_data = batch->first_user_data + batch->sent,
         .holder = batch->holder,
-        .way = (uint16_t)batch->way,
+        .way = (uint8_t)batch->way,
     };
     for (size_t i = 0; i < count; i++) {
         slot.position = commands[i].position;

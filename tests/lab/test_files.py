@@ -1,6 +1,7 @@
 """Files, partitions and block devices into host memory, and the way that is told."""
 
 import os
+from array import array
 from pathlib import Path
 
 import guest
@@ -18,10 +19,10 @@ def test_a_file(fixed: bool, mounted: Path) -> None:
         AsyncUringStream(buffer) as stream,
         open(os.open(mounted / "model", os.O_RDONLY | os.O_DIRECT), "rb", buffering=0) as file,
     ):
-        submit = stream.submit_read_fixed if fixed else stream.submit_read
-        for start in reversed(range(0, len(expected), 256 * KIB)):
-            submit(file, start, min(256 * KIB, len(expected) - start), start)
-        done = stream.wait(stream.inflight)
+        submit = stream.submit_reads_fixed if fixed else stream.submit_reads
+        starts = array("Q", reversed(range(0, len(expected), 256 * KIB)))
+        sizes = array("I", [min(256 * KIB, len(expected) - start) for start in starts])
+        done = stream.wait(len(submit(file, starts, sizes, starts)))
         assert sum(completion.result() for completion in done) == len(expected)
         way = DataPath.FILE_FIXED if fixed else DataPath.FILE_DIRECT
         assert {completion.path for completion in done} == {way}

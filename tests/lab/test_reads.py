@@ -6,6 +6,7 @@ import os
 import random
 import struct
 import traceback
+from array import array
 from collections.abc import Callable, Iterator
 
 import guest
@@ -18,6 +19,7 @@ from gdsdirect import (
     DataPath,
     GpuMappedBuffer,
     Namespace,
+    encode_nvme_read_sqes,
 )
 
 Open = Callable[[str], Namespace]
@@ -210,6 +212,30 @@ def test_two_drives_on_one_stream(
         assert sorted(completion.user_data for completion in done) == tokens
         assert sum(completion.result() for completion in done) == len(expected)
         guest.check(buffer, expected)
+
+
+def test_a_range_striped_over_two_drives(
+    data: Namespace, small: Namespace, buffer: GpuMappedBuffer
+) -> None:
+    """Units of 4 KiB, in turns; far more of them than the ring has room for."""
+    unit, units, serials = 4096, 64, ("data", "small")
+    batches, expected = [], [b""] * units
+    for turn, (namespace, serial) in enumerate(zip((data, small), serials, strict=True)):
+        blocks = unit // namespace.lba_size
+        count = units // 2
+        lbas = array("Q", range(100 * blocks, (100 + count) * blocks, blocks))
+        start = buffer.address + turn * unit
+        targets = array("Q", range(start, start + units * unit, 2 * unit))
+        batches.append((namespace, encode_nvme_read_sqes(namespace.nsid, lbas, blocks, targets)))
+        extents = [(lba, blocks) for lba in lbas]
+        guest.record(buffer, namespace.nsid, extents)
+        expected[turn::2] = [DRIVES[serial].contents([extent]) for extent in extents]
+    with AsyncUringStream(buffer, depth=6) as stream:
+        tokens = stream.submit_nvme_passthroughs(batches)
+        done = stream.wait(units)
+        assert sorted(c.user_data for c in done) == [token for some in tokens for token in some]
+        assert {c.result() for c in done} == {unit}
+    guest.check(buffer, b"".join(expected))
 
 
 def test_a_batch_larger_than_the_ring(data: Namespace, buffer: GpuMappedBuffer) -> None:
