@@ -5,13 +5,14 @@ PYTHON ?= python3
 # To build the package | to run the virtual machine
 PACKAGES := gcc libc6-dev liburing-dev pkg-config python3 python3-dev python3-venv ca-certificates \
             qemu-system-x86 busybox-static kmod e2fsprogs xz-utils zstd util-linux dpkg
+BENCH_PACKAGES := fio
 
 ENVIRONMENT := .venv
 RUN := $(ENVIRONMENT)/bin/python -P
 SOURCES := pyproject.toml setup.py README.md $(wildcard csrc/*) $(wildcard gdsdirect/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test sanitize fuzz lint packages clean
+.PHONY: help demo test sanitize fuzz bench lint packages clean
 
 help:
 	@echo "make demo                      read along every way there is, in a virtual machine, with proof"
@@ -19,6 +20,7 @@ help:
 	@echo "make test                      build, install and test the package, here and on three kernels"
 	@echo "make sanitize                  the same tests of the ring under ASan and UBSan, and with debug allocators"
 	@echo "make fuzz FUZZ_SECONDS=60      random commands against the rules, on /dev/null"
+	@echo "make bench                     time and IOPS beside C loops, other packages and fio [ROUNDS=30]"
 	@echo "make lint                      ruff, mypy, and the stubs against the installed package"
 	@echo "make clean                     remove what was built"
 	@echo "PYTHON=… chooses the interpreter."
@@ -45,6 +47,12 @@ sanitize:
 FUZZ_SECONDS ?= 60
 fuzz: $(ENVIRONMENT)/installed
 	$(RUN) tests/fuzz_passthrough.py --seconds $(FUZZ_SECONDS)
+
+ROUNDS ?= 30
+bench: PACKAGES += $(BENCH_PACKAGES)
+bench: $(ENVIRONMENT)/installed
+	$(ENVIRONMENT)/bin/pip install --quiet --prefer-binary "gdsdirect[bench] @ file://$$(echo $(CURDIR)/build/wheel/*.whl)"
+	$(ENVIRONMENT)/bin/python -m benchmarks --rounds $(ROUNDS)
 
 lint: $(ENVIRONMENT)/installed
 	$(ENVIRONMENT)/bin/ruff check .

@@ -16,6 +16,7 @@ struct module_state {
     PyTypeObject *source_type;
     PyTypeObject *ring_type;
     PyObject *source_name; /* "_source": where a Namespace keeps its Source */
+    PyObject *name_name;   /* "name" */
     _Atomic uint32_t closings; /* sources closed so far: rings then look which of theirs are */
 };
 
@@ -37,6 +38,7 @@ typedef struct {
 typedef struct {
     PyObject_HEAD
     int fd;
+    bool borrowed; /* the descriptor is the caller's of one submission, and not closed here */
     bool is_direct; /* opened with O_DIRECT */
     bool is_nvme;
     _Atomic uint32_t users; /* rings that hold it, and SOURCE_CLOSED */
@@ -61,6 +63,12 @@ source_is_closed(const Source *source)
  * closed already. Neither runs Python code, so both may be called under a ring's lock. */
 bool gdsdirect_source_acquire(Source *source);
 void gdsdirect_source_release(Source *source);
+
+/* A Source on a descriptor that stays the caller's, for one submission. NULL with an exception. */
+Source *gdsdirect_source_borrow(PyTypeObject *type, int fd, PyObject *path);
+
+/* Gives it a descriptor of its own, if it has none. False with errno set. */
+bool gdsdirect_source_own(Source *source);
 
 PyObject *gdsdirect_nvme_identify(PyObject *module, PyObject *args);
 

@@ -33,6 +33,7 @@ enum {
     STREAM_CLOSED = -2,
     SOURCE_IS_CLOSED = -3,
     NO_MEMORY = -4,
+    NO_DESCRIPTOR = -5,
 };
 
 /* Moments of CLOCK_MONOTONIC, in ns. */

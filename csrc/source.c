@@ -28,7 +28,7 @@ gdsdirect_source_acquire(Source *source)
 void
 gdsdirect_source_release(Source *source)
 {
-    if (atomic_fetch_sub(&source->users, 1) == (SOURCE_CLOSED | 1)) {
+    if (atomic_fetch_sub(&source->users, 1) == (SOURCE_CLOSED | 1) && !source->borrowed) {
         close(source->fd);
     }
 }
@@ -36,7 +36,10 @@ gdsdirect_source_release(Source *source)
 static void
 source_shut(Source *self)
 {
-    if (self->fd >= 0 && atomic_fetch_or(&self->users, SOURCE_CLOSED) == 0) {
+    if (self->fd < 0 || self->borrowed) {
+        return;
+    }
+    if (atomic_fetch_or(&self->users, SOURCE_CLOSED) == 0) {
         close(self->fd);
     }
     struct module_state *module = PyType_GetModuleState(Py_TYPE(self));
@@ -111,6 +114,37 @@ source_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     }
     self->fd = fd;
     return (PyObject *)self;
+}
+
+Source *
+gdsdirect_source_borrow(PyTypeObject *type, int fd, PyObject *path)
+{
+    const int flags = fcntl(fd, F_GETFL);
+    if (flags < 0) {
+        return (Source *)PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, path);
+    }
+    Source *self = (Source *)type->tp_alloc(type, 0);
+    if (self != NULL) {
+        self->fd = fd;
+        self->borrowed = true;
+        self->is_direct = flags & O_DIRECT;
+        self->path = Py_NewRef(path);
+    }
+    return self;
+}
+
+bool
+gdsdirect_source_own(Source *source)
+{
+    if (source->borrowed) {
+        const int own = fcntl(source->fd, F_DUPFD_CLOEXEC, 0);
+        if (own < 0) {
+            return false;
+        }
+        source->fd = own;
+        source->borrowed = false;
+    }
+    return true;
 }
 
 static int

@@ -40,6 +40,7 @@ struct batch {
     size_t count;
     size_t sent;
     uint64_t first_user_data;
+    int failed; /* errno of NO_DESCRIPTOR */
     struct command few[64]; /* saves an allocation */
 };
 
@@ -373,13 +374,27 @@ send_locked(Ring *self, struct batch *batches, size_t n, size_t left)
         }
         if (result == EAGAIN || result == EBUSY) {
             /* No slot, or no memory for a request: both come back with a completion. */
-            if (inflight_count(&self->table) == 0) {
+            if (inflight_count(&self->table) == 0 || batches->source->borrowed) {
                 return result;
             }
             result = ring_wait_locked(self, 1, NO_DEADLINE);
         }
         if (result != DONE) {
             return result;
+        }
+    }
+    return DONE;
+}
+
+/* Where the batches don't fit at once, gives those that borrow a descriptor one of their own: the
+ * caller's may be closed, and its number reused, while they wait for room. */
+static int
+own_descriptors_locked(Ring *self, struct batch *batches, size_t n, size_t commands)
+{
+    for (size_t i = 0; i < n && commands > self->table.free_count; i++) {
+        if (!gdsdirect_source_own(batches[i].source)) {
+            batches[i].failed = errno;
+            return NO_DESCRIPTOR;
         }
     }
     return DONE;
@@ -404,6 +419,9 @@ hold_and_send_locked(Ring *self, struct batch *batches, size_t n, size_t command
         held++;
     }
     if (result == DONE) {
+        result = own_descriptors_locked(self, batches, n, commands);
+    }
+    if (result == DONE) {
         result = send_locked(self, batches, n, commands);
     }
     while (held > 0) {
@@ -416,12 +434,15 @@ hold_and_send_locked(Ring *self, struct batch *batches, size_t n, size_t command
 static int
 raise_unsent(int result, const struct batch *batches, size_t n)
 {
-    const struct batch *closed = batches;
     if (result == SOURCE_IS_CLOSED) {
+        const struct batch *closed = batches;
         while (!source_is_closed(closed->source)) {
             closed++;
         }
         PyErr_Format(PyExc_ValueError, "%S is closed", closed->source->path);
+    }
+    else if (result == NO_DESCRIPTOR) { /* files are read a batch at a time */
+        ring_raise_errno(batches->failed, "duplicating the descriptor", batches->source->path);
     }
     else {
         ring_raise(result, "io_uring_enter");
@@ -799,9 +820,9 @@ ring_submit_nvme_passthroughs(Ring *self, PyObject *args, PyObject *kwargs)
 
 /* What messages call a file: its name, if it has one. */
 static PyObject *
-name_of(PyObject *file, int fd)
+name_of(const Ring *self, PyObject *file, int fd)
 {
-    PyObject *name = PyObject_GetAttrString(file, "name");
+    PyObject *name = PyObject_GetAttr(file, self->module->name_name);
     if (name != NULL && PyUnicode_Check(name)) {
         return name;
     }
@@ -810,8 +831,8 @@ name_of(PyObject *file, int fd)
     return PyUnicode_FromFormat("file descriptor %d", fd);
 }
 
-/* The Source that `file` keeps (`lasting`), or one on a descriptor of its own, since the caller's may
- * be closed and its number reused while the batch waits for room. */
+/* The Source that `file` keeps (`lasting`), or one that borrows the caller's descriptor: the kernel
+ * takes the file when it takes the command. */
 static Source *
 file_source(Ring *self, PyObject *file, bool *lasting)
 {
@@ -827,21 +848,11 @@ file_source(Ring *self, PyObject *file, bool *lasting)
         return source;
     }
     int fd = PyObject_AsFileDescriptor(file);
-    PyObject *name = fd >= 0 ? name_of(file, fd) : NULL;
+    PyObject *name = fd >= 0 ? name_of(self, file, fd) : NULL;
     if (name == NULL) {
         return NULL;
     }
-    int own = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-    if (own < 0) {
-        ring_raise_errno(errno, "duplicating the descriptor", name);
-    }
-    else {
-        source = (Source *)PyObject_CallFunction((PyObject *)self->module->source_type, "iO", own,
-                                                 name);
-        if (source == NULL) {
-            close(own);
-        }
-    }
+    source = gdsdirect_source_borrow(self->module->source_type, fd, name);
     Py_DECREF(name);
     return source;
 }

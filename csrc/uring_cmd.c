@@ -866,6 +866,7 @@ module_exec(PyObject *module)
 {
     struct module_state *state = PyModule_GetState(module);
     if ((state->source_name = PyUnicode_InternFromString("_source")) == NULL ||
+        (state->name_name = PyUnicode_InternFromString("name")) == NULL ||
         (state->memory_type = add_type(module, &gdsdirect_memory_spec)) == NULL ||
         (state->source_type = add_type(module, &gdsdirect_source_spec)) == NULL ||
         (state->ring_type = add_type(module, &gdsdirect_ring_spec)) == NULL) {
@@ -889,6 +890,7 @@ module_clear(PyObject *module)
 {
     struct module_state *state = PyModule_GetState(module);
     Py_CLEAR(state->source_name);
+    Py_CLEAR(state->name_name);
     Py_CLEAR(state->memory_type);
     Py_CLEAR(state->source_type);
     Py_CLEAR(state->ring_type);

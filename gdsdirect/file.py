@@ -24,14 +24,15 @@ class File:
     """What `path` names, open for reading: an NVMe namespace (/dev/ngXnY), a block device, a file.
 
     A namespace is read by passthrough; everything else with O_DIRECT where its file system takes
-    that, into the registered buffer if there is one; and else through the page cache. `why` says
-    what stands in the way of a better one, or is None.
+    that, into the registered buffer if there is one; and else, or with `direct=False`, through the
+    page cache, which may have it already. `why` says what stands in the way of a better one, or is
+    None.
 
     `size` is in bytes. Reads start and end at multiples of `alignment`, in the file and in the
     buffer; only the file's end may lie between.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, direct: bool = True) -> None:
         self.path = os.fspath(path)
         self.why: str | None = None
         self._namespace: Namespace | None = None
@@ -46,7 +47,7 @@ class File:
                 f"{self.path} is neither a file nor a device: give an NVMe namespace (/dev/ngXnY), "
                 "a block device or a regular file"
             )
-        fd = self._open_direct()
+        fd = self._open(direct)
         self.alignment = _DIRECT_ALIGNMENT if self.why is None else 1
         try:
             self.size = os.lseek(fd, 0, os.SEEK_END)
@@ -57,8 +58,11 @@ class File:
         # The ring finds it by this name, and registers the file as long as it is open.
         self._source: Source = ring_module().Source(fd, self.path)
 
-    def _open_direct(self) -> int:
+    def _open(self, direct: bool) -> int:
         flags = os.O_RDONLY | os.O_CLOEXEC
+        if not direct:
+            self.why = "it was opened with direct=False"
+            return os.open(self.path, flags)
         try:
             return os.open(self.path, flags | os.O_DIRECT)
         except OSError as error:

@@ -41,6 +41,8 @@ class Drive:
     """Blocks that cannot be read (unrecovered read error)."""
     iops: int = 0
     """Commands a second that it executes at most, to have some in flight for long; 0: no limit."""
+    instant: bool = False
+    """Reads give zeros at once, and no image is looked at: to measure what is around the drive."""
 
     def __post_init__(self) -> None:
         for wrong in self._faults():
@@ -81,6 +83,8 @@ class Drive:
             )
         if self.iops < 0:
             yield f"iops is {self.iops}; use 0 for no limit, or commands a second"
+        if self.instant and (self.contents is not None or self.read_errors):
+            yield "instant is True with contents or read_errors; leave those out: it reads zeros"
         yield from self._size_faults()
 
     def _size_faults(self) -> Iterator[str]:
@@ -136,11 +140,14 @@ def image_of(drive: Drive, folder: Path) -> Path:
 
 
 def _backend(drive: Drive, image: Path) -> str:
-    options = [f"if=none,id={drive.serial}.image,format=raw,cache=unsafe"]
-    if drive.contents is not None:
-        options.append("snapshot=on")
+    options = [f"if=none,id={drive.serial}.image"]
     if drive.iops:
         options.append(f"throttling.iops-total={drive.iops}")
+    if drive.instant:
+        return ",".join([*options, f"driver=null-co,size={drive.size},read-zeroes=on"])
+    options.append("format=raw,cache=unsafe")
+    if drive.contents is not None:
+        options.append("snapshot=on")
     path = escaped(image)
     if not drive.read_errors:
         return ",".join([*options, f"file={path}"])

@@ -53,6 +53,7 @@ def run(
     env: Mapping[str, str] | None = None,
     output: TextIO | None = None,
     accel: str = "tcg",
+    traced: bool = True,
 ) -> Result:
     """Run `command` as root in a virtual machine with `drives`, and wait for its end.
 
@@ -60,7 +61,8 @@ def run(
     environment (or `env`, all of it); it can write to /tmp and /run, its own. The folder `share` is
     writable, at the same path. `output` gets what the command prints, while it runs. `append` goes
     to the kernel's command line. `timeout` is in seconds and includes the boot. What the command
-    writes to /dev/lab has drives unplugged and plugged in: see lab.control.
+    writes to /dev/lab has drives unplugged and plugged in: see lab.control. Without `traced` the
+    result's trace is empty, and reads take less of the machine's time.
 
     ValueError: an argument cannot be. LabError: the machine could not be made or did not boot.
     """
@@ -70,7 +72,7 @@ def run(
     check_together(drives)
     found = kernels.locate(kernel)
     with tempfile.TemporaryDirectory(prefix="gdsdirect-lab-") as name:
-        machine = Machine(found, Path(name), choose(accel, found), append, share, drives)
+        machine = Machine(found, Path(name), choose(accel, found), append, share, drives, traced)
         machine.initramfs.write_bytes(
             initramfs.build(
                 found,

@@ -43,6 +43,7 @@ class Machine:
     append: str = ""
     share: Path | None = None
     drives: Sequence[Drive] = ()
+    traced: bool = True
 
     @property
     def initramfs(self) -> Path:
@@ -72,7 +73,7 @@ class Machine:
             *(_shared("share", self.share, "multidevs=remap") if self.share else ()),
             *qemu_arguments(self.drives, self.folder),
             *("-D", str(self.folder / "trace")),
-            *(part for event in trace.EVENTS for part in ("-trace", event)),
+            *(part for event in trace.EVENTS if self.traced for part in ("-trace", event)),
         ]
 
     def boot(self, timeout: float, on_output: Callable[[bytes], object]) -> bool:

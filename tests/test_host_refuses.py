@@ -15,6 +15,7 @@ import resource
 import struct
 import sys
 import tempfile
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -205,10 +206,12 @@ def no_descriptor_for_fileno() -> None:
 def no_descriptor_for_a_read() -> None:
     buffer = GpuMappedBuffer.from_host_visible(4 * KIB)
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    with AsyncUringStream(buffer) as stream, open("/dev/zero", "rb") as file:
+    """Only a batch that has to wait for room needs one."""
+    offsets = array("Q", range(5))
+    with AsyncUringStream(buffer, depth=4) as stream, open("/dev/zero", "rb") as file:
         limit = file.fileno() + 1
         with nothing_left():
-            for submit in (stream.submit_read, stream.submit_read_fixed) * 4:
+            for submit in (stream.submit_reads, stream.submit_reads_fixed) * 4:
                 set_soft_limit(resource.RLIMIT_NOFILE, limit)
                 words = (
                     "/dev/zero",
@@ -217,11 +220,12 @@ def no_descriptor_for_a_read() -> None:
                     "raise `ulimit -n`",
                 )
                 with refused(errno.EMFILE, *words):
-                    submit(file, 0, 100, 0)
+                    submit(file, offsets, 100, offsets)
+                assert (stream.inflight, stream.stats.submitted) == (0, 0)
                 set_soft_limit(resource.RLIMIT_NOFILE, soft)
-        assert (stream.inflight, stream.stats.submitted) == (0, 0)
-        stream.submit_read(file, 0, 100, 0)
-        assert stream.wait()[0].result() == 100
+        set_soft_limit(resource.RLIMIT_NOFILE, limit)
+        stream.submit_reads(file, offsets[:4], 100, offsets[:4])
+        assert [c.result() for c in stream.wait(4)] == [100] * 4
     buffer.close()
 
 

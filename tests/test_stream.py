@@ -795,6 +795,31 @@ def test_a_descriptor_lives_as_long_as_its_commands(
         assert view[:4] == b"good"
 
 
+def test_a_batch_that_waits_for_room_has_a_descriptor_of_its_own(
+    buffer: GpuMappedBuffer, tmp_path: Path
+) -> None:
+    ends = os.pipe()
+    (tmp_path / "other").write_bytes(b"evil" * 2)
+    zeros, targets = array("Q", [0] * 8), array("Q", range(8))
+
+    def meddle() -> None:
+        time.sleep(0.05)
+        os.close(ends[0])
+        assert os.open(tmp_path / "other", os.O_RDONLY) == ends[0]
+        os.write(ends[1], b"goodgood")
+
+    with AsyncUringStream(buffer, depth=2) as stream:
+        meddler = threading.Thread(target=meddle)
+        meddler.start()
+        stream.submit_reads(ends[0], zeros, 1, targets)
+        assert [c.result() for c in stream.wait(8)] == [1] * 8
+        meddler.join()
+    for end in ends:
+        os.close(end)
+    with buffer.view() as view:
+        assert sorted(view[:8]) == sorted(b"goodgood")
+
+
 def test_descriptors_are_given_back(buffer: GpuMappedBuffer, namespace: Namespace) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):

@@ -1,0 +1,102 @@
+"""The row of file reads from the page cache: a copy of 4 KiB each, and what leads to it."""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from benchmarks import packages
+from benchmarks.rows import Bound, Contestant, Pair, Row
+from benchmarks.yardstick import LIBRARY, RECORD_BYTES, Loop, Work
+from gdsdirect import AsyncUringStream, GpuMappedBuffer
+from gdsdirect.file import File
+
+_FILE = 64 << 20
+_NBYTES = 4096
+_READS = 4096
+_BATCH = 64
+_PACKAGES = (packages.liburing, packages.caio_ring, packages.caio_tasks)
+
+
+def _cached_file(folder: Path) -> Path:
+    path = folder / "contents"
+    path.write_bytes(random.Random(_FILE).randbytes(_FILE))
+    path.read_bytes()
+    return path
+
+
+def _ours(
+    stream: AsyncUringStream, file: File | BinaryIO, offsets: array[int], targets: array[int]
+) -> Callable[[], None]:
+    records = bytearray(_BATCH * RECORD_BYTES)
+    every = [
+        (memoryview(offsets)[start : start + _BATCH], memoryview(targets)[start : start + _BATCH])
+        for start in range(0, len(offsets), _BATCH)
+    ]
+
+    def run() -> None:
+        submit, wait = stream.submit_reads_fixed, stream.wait_into
+        for some_offsets, some_targets in every:
+            submit(file, some_offsets, _NBYTES, some_targets)
+            wait(records, _BATCH)
+
+    return run
+
+
+def _preadv(fd: int, slots: Sequence[memoryview], offsets: array[int]) -> Callable[[], None]:
+    every = [([slots[i % _BATCH]], offset) for i, offset in enumerate(offsets)]
+
+    def run() -> None:
+        preadv = os.preadv
+        for target, offset in every:
+            if preadv(fd, target, offset) != _NBYTES:
+                raise RuntimeError("preadv: a short read")
+
+    return run
+
+
+@contextmanager
+def cached() -> Iterator[Row]:
+    chance = random.Random(_READS)
+    offsets = array("Q", (chance.randrange(0, _FILE, _NBYTES) for _ in range(_READS)))
+    targets = array("Q", (i % _BATCH * _NBYTES for i in range(_READS)))
+    with ExitStack() as stack:
+        # Beside what is built, for /tmp can be memory.
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=LIBRARY.parent))
+        path = _cached_file(Path(folder))
+        file = stack.enter_context(File(path, direct=False))
+        buffer = stack.enter_context(GpuMappedBuffer.from_host_visible(_BATCH * _NBYTES))
+        stream = stack.enter_context(AsyncUringStream(buffer, _BATCH))
+        addresses = array("Q", (buffer.address + target for target in targets))
+        work = Work(offsets, addresses, _NBYTES, depth=_BATCH, batch=_BATCH)
+        loop = stack.enter_context(Loop([str(path)], buffer, work))
+
+        ours = Contestant("gdsdirect", _ours(stream, file, offsets, targets), _READS)
+        pairs = [Pair(ours, Contestant("C loop", loop.run, _READS), Bound(1.03))]
+        plain = stack.enter_context(path.open("rb"))
+        unregistered = Contestant(
+            "gdsdirect, a file object", _ours(stream, plain, offsets, targets), _READS
+        )
+        pairs.append(Pair(unregistered, pairs[0].over))
+        omitted = []
+        for package in _PACKAGES:
+            try:
+                other = package(file.fileno(), offsets, _NBYTES, _BATCH)
+                pairs.append(Pair(ours, stack.enter_context(other), Bound(1)))
+            except packages.NotInstalledError as missing:
+                omitted.append(str(missing))
+        view = stack.enter_context(buffer.view())
+        slots = [
+            stack.enter_context(view[target : target + _NBYTES]) for target in targets[:_BATCH]
+        ]
+        preadv = _preadv(file.fileno(), slots, offsets)
+        pairs.append(Pair(ours, Contestant("os.preadv", preadv, _READS)))
+        yield Row(
+            f"4 KiB of a cached file, {_BATCH} a batch", tuple(pairs), tuple(dict.fromkeys(omitted))
+        )

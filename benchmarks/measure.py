@@ -1,0 +1,57 @@
+"""The clock: contestants take turns in short slices, so that what disturbs one disturbs all."""
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from benchmarks.results import Result
+from benchmarks.rows import Contestant, Pair, Row
+
+_SLICE = 25e6  # ns: long beside an interrupt, short beside a change of the processor's clock
+_WARM_UPS = 3
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Garbage collection would fall on whoever is running, not on whoever made the garbage."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _timed(contestant: Contestant, passes: int) -> float:
+    """Nanoseconds a command."""
+    run = contestant.run
+    begun = time.perf_counter_ns()
+    for _ in range(passes):
+        run()
+    return (time.perf_counter_ns() - begun) / (passes * contestant.commands)
+
+
+def _passes(contestant: Contestant) -> int:
+    """How many fill a slice."""
+    fastest = min(_timed(contestant, 1) for _ in range(_WARM_UPS)) * contestant.commands
+    return max(1, round(_SLICE / fastest))
+
+
+def measure(row: Row, rounds: int, on_round: Callable[[], object]) -> list[Result]:
+    """Each pair, one right after the other, in every round; which is first and which pair is first
+    changes from round to round."""
+    figures: dict[Pair, tuple[list[float], list[float]]] = {pair: ([], []) for pair in row.pairs}
+    with _no_collections():
+        passes = {each.name: _passes(each) for each in row.contestants}
+        for number in range(rounds):
+            turn = number % len(row.pairs)
+            for pair in row.pairs[turn:] + row.pairs[:turn]:
+                both = [(pair.of, figures[pair][0]), (pair.over, figures[pair][1])]
+                for contestant, its in both if number % 2 else both[::-1]:
+                    its.append(_timed(contestant, passes[contestant.name]))
+            on_round()
+    return [
+        Result(row.title, pair.of.name, pair.over.name, "ns", *figures[pair], pair.bound)
+        for pair in row.pairs
+    ]

@@ -1,0 +1,15 @@
+"""The rows that are measured on this machine, in the order to be shown in."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from benchmarks import depth, files, packing, passthrough
+from benchmarks.rows import Row
+
+ROWS: tuple[Callable[[], AbstractContextManager[Row]], ...] = (
+    packing.one,
+    packing.many,
+    *passthrough.ROWS,
+    files.cached,
+    depth.time,
+)
