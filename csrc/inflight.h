@@ -24,6 +24,9 @@ enum way { WAY_PASSTHROUGH, WAY_FILE_DIRECT, WAY_FILE_FIXED, WAY_BUFFERED, WAYS 
 
 #define NOT_REGISTERED UINT16_MAX
 
+/* A ring's table of registered files. Sources beyond so many are read by their descriptors. */
+#define REGISTERED_FILES 64
+
 /* A command that the kernel has, and all that its SQE is made of. */
 struct slot {
     uint64_t user_data;
@@ -71,7 +74,7 @@ struct inflight {
     uint32_t holders_allocated;
     uint32_t free_holder;
     uint32_t finished_holder; /* nothing needs it: Python code lets go of it, without the lock */
-    uint32_t last_holder;     /* of the last batch: the next one is probably its twin */
+    uint32_t last_holder;     /* of the last lasting source: the next one is probably the same */
 
     struct outcome *outcomes; /* a ring buffer of a power of two */
     size_t outcomes_allocated;
@@ -173,7 +176,8 @@ holder_is_busy(const struct holder *holder)
     return holder->flying + holder->waiting > 0;
 }
 
-/* The holder that `source` has already, or NOBODY. */
+/* The holder that `source` has already, or NOBODY. Looked for are those that may be registered; of
+ * more sources in flight than these one may have several. */
 static inline uint32_t
 holder_find(const struct inflight *table, const Source *source)
 {
@@ -181,7 +185,7 @@ holder_find(const struct inflight *table, const Source *source)
     if (index != NOBODY && table->holders[index].source == source) {
         return index;
     }
-    for (index = 0; index < table->holders_allocated; index++) {
+    for (index = 0; index < table->holders_allocated && index < REGISTERED_FILES; index++) {
         const struct holder *holder = &table->holders[index];
         if (holder->source == source && (holder->registered || holder_is_busy(holder))) {
             return index;
@@ -191,11 +195,12 @@ holder_find(const struct inflight *table, const Source *source)
 }
 
 /* A holder of `source` for one batch, which itself counts as waiting until holder_drop, so that the
- * source stays while the batch waits for room. NOBODY: the source is closed, or no memory. */
+ * source stays while the batch waits for room. One that is not `lasting` was made for this batch.
+ * NOBODY: the source is closed, or no memory. */
 static inline uint32_t
-holder_for(struct inflight *table, Source *source)
+holder_for(struct inflight *table, Source *source, bool lasting)
 {
-    uint32_t index = holder_find(table, source);
+    uint32_t index = lasting ? holder_find(table, source) : NOBODY;
     if (source_is_closed(source)) {
         return NOBODY;
     }
@@ -209,7 +214,9 @@ holder_for(struct inflight *table, Source *source)
         table->holders[index].source = (Source *)Py_NewRef(source);
     }
     table->holders[index].waiting++;
-    table->last_holder = index;
+    if (lasting) {
+        table->last_holder = index;
+    }
     return index;
 }
 

@@ -92,9 +92,6 @@ typedef struct {
 /* In user_data of what the ring submits for itself. No slot has this index. */
 #define OWN_ID UINT32_MAX
 
-/* Sources beyond so many are read by their descriptors, as they would be without a table. */
-#define REGISTERED_FILES 64
-
 /* The lock. Taken with the GIL held, which is let go if it must be waited for. */
 static inline void
 ring_lock(Ring *self)

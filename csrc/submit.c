@@ -408,7 +408,7 @@ hold_and_send_locked(Ring *self, struct batch *batches, size_t n, size_t command
     size_t held = 0;
     while (result == DONE && held < n) {
         struct batch *batch = &batches[held];
-        batch->holder = holder_for(&self->table, batch->source);
+        batch->holder = holder_for(&self->table, batch->source, batch->lasting);
         if (batch->holder == NOBODY) {
             result = source_is_closed(batch->source) ? SOURCE_IS_CLOSED : NO_MEMORY;
             break;

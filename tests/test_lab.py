@@ -112,6 +112,15 @@ def test_a_slow_drive() -> None:
     assert "throttling" not in arguments(Drive())
 
 
+def test_an_instant_drive(tmp_path: Path) -> None:
+    made = arguments(Drive(size=1 << 20, instant=True, iops=40))
+    assert "throttling.iops-total=40,driver=null-co,size=1048576,read-zeroes=on" in made
+    (tmp_path / "a").write_bytes(bytes(4096))
+    for more in ({"contents": tmp_path / "a"}, {"read_errors": (1,)}):
+        with pytest.raises(ValueError, match="instant is True with contents or read_errors"):
+            Drive(instant=True, **more)
+
+
 # Requests
 
 
@@ -427,6 +436,14 @@ def test_the_trace_shows_a_read_and_the_image_is_kept(tmp_path: Path) -> None:
     assert [(read.nsid, read.nbytes) for read in reads] == [(7, 8192)]
     assert sum(nbytes for _, nbytes in reads[0].addresses) == 8192
     assert image.read_bytes() == bytes(range(256)) * 4096
+
+
+@pytest.mark.lab
+@needs_lab()
+def test_an_instant_drive_gives_zeros_and_leaves_no_trace_where_none_is_wanted() -> None:
+    script = "dd if=/dev/nvme0n1 bs=4096 count=256 iflag=direct status=none | tr -d '\\0' | wc -c"
+    result = lab.run(["sh", "-c", script], drives=[Drive(instant=True)], traced=False)
+    assert (result.output.strip(), result.status, result.trace) == ("0", 0, ())
 
 
 REQUESTS = """
