@@ -140,9 +140,13 @@ decode_object(PyObject *object, struct nvme_read *read)
     if (PyObject_GetBuffer(object, &view, PyBUF_SIMPLE) < 0) {
         return -1;
     }
-    const char *wrong =
-        view.len == WIRE_BYTES ? wire_decode(view.buf, read) : "it is not 64 bytes long";
+    const Py_ssize_t nbytes = view.len;
+    const char *wrong = nbytes == WIRE_BYTES ? wire_decode(view.buf, read) : NULL;
     PyBuffer_Release(&view);
+    if (nbytes != WIRE_BYTES) {
+        PyErr_Format(PyExc_ValueError, "command: an NVMe command is 64 bytes, not %zd", nbytes);
+        return -1;
+    }
     if (wrong != NULL) {
         PyErr_Format(PyExc_ValueError, "command: %s", wrong);
         return -1;

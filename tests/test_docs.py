@@ -2,6 +2,9 @@
 
 import re
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from gdsdirect import Geometry, Namespace, decode_nvme_read_sqe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -13,3 +16,34 @@ def test_every_test_that_keeps_a_promise_exists() -> None:
     assert len(named) > 40
     functions = {name for text in files.values() for name in re.findall(r"^def (\w+)", text, re.M)}
     assert named - functions - set(files) == set()
+
+
+def test_the_example_of_striped_drives() -> None:
+    """On /dev/null here; what a striped range brings is compared in tests/lab/test_reads.py."""
+    page = (ROOT / "docs" / "performance.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    geometry = Geometry(nsid=1, lba_size=512, capacity=1 << 20, max_transfer=128 << 10)
+    with (
+        Namespace("/dev/null", geometry=geometry) as one,
+        Namespace("/dev/null", geometry=geometry) as two,
+    ):
+        batches = dict(names["striped"]([one, two], 8, buffer := Memory(4096, 8 << 10), 1 << 10))
+        decoded = {
+            drive: [decode_nvme_read_sqe(wire[i : i + 64]) for i in range(0, len(wire), 64)]
+            for drive, wire in batches.items()
+        }
+        assert decoded == {
+            one: [(1, 8 + 2 * i, 2, buffer.address + 2048 * i) for i in range(4)],
+            two: [(1, 8 + 2 * i, 2, buffer.address + 1024 + 2048 * i) for i in range(4)],
+        }
+        with names["read_striped"]([one, two], 0, 1 << 20, 4096) as read:
+            assert read.nbytes == 1 << 20
+
+
+class Memory(NamedTuple):
+    """As much of a buffer as the example looks at."""
+
+    address: int
+    nbytes: int
