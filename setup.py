@@ -51,7 +51,7 @@ def ring_extension() -> Extension:
         link_flags.append("-Wl,--exclude-libs,ALL")
     return Extension(
         "gdsdirect._uring_cmd",
-        [f"csrc/{name}.c" for name in ("uring_cmd", "submit", "reap", "memory", "source")],
+        [f"csrc/{name}.c" for name in ("uring_cmd", "submit", "reap", "memory", "source", "ask")],
         depends=[str(header) for header in Path("csrc").glob("*.h")],
         define_macros=[("_GNU_SOURCE", "1")],
         extra_compile_args=[*UNIX_FLAGS, *compile_flags],

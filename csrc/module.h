@@ -71,5 +71,7 @@ Source *gdsdirect_source_borrow(PyTypeObject *type, int fd, PyObject *path);
 bool gdsdirect_source_own(Source *source);
 
 PyObject *gdsdirect_nvme_identify(PyObject *module, PyObject *args);
+PyObject *gdsdirect_ask_io_uring(PyObject *module, PyObject *ignored);
+PyObject *gdsdirect_direct_alignment(PyObject *module, PyObject *args);
 
 #endif

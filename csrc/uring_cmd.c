@@ -906,6 +906,10 @@ module_free(void *module)
 static PyMethodDef module_methods[] = {
     {"nvme_identify", gdsdirect_nvme_identify, METH_VARARGS,
      "nvme_identify(fd, cns, nsid) -> bytes: the Identify command's 4096 bytes."},
+    {"ask_io_uring", gdsdirect_ask_io_uring, METH_NOARGS,
+     "ask_io_uring() -> dict: by feature 0, or the errno that the kernel refuses it with."},
+    {"direct_alignment", gdsdirect_direct_alignment, METH_VARARGS,
+     "direct_alignment(fd) -> (memory, offset): bytes that O_DIRECT wants multiples of; or None."},
     {NULL},
 };
 

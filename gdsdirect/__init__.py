@@ -6,9 +6,11 @@ from gdsdirect._nvme_sqe import (
     encode_nvme_read_sqe,
     encode_nvme_read_sqes,
 )
+from gdsdirect.check import Check, Evidence, PathReport, Status, Target, Trial, Verdict
 from gdsdirect.errors import NvmeStatusError, RingUnavailableError, ShortReadError
 from gdsdirect.memory import GpuMappedBuffer, MemoryKind
 from gdsdirect.namespace import Geometry, Namespace
+from gdsdirect.nvidia_fs import NvidiaFsGpu, NvidiaFsStats, parse_nvidia_fs_stats
 from gdsdirect.probe import (
     Available,
     FeatureDisabled,
@@ -24,6 +26,7 @@ from gdsdirect.stream import (
     StreamStats,
     WayStats,
 )
+from gdsdirect.survey import Survey, survey
 
 probe = GpuDirectCapability.probe
 
@@ -32,23 +35,35 @@ __all__ = [
     "NVME_CMD_READ",
     "AsyncUringStream",
     "Available",
+    "Check",
     "Completion",
     "DataPath",
+    "Evidence",
     "FeatureDisabled",
     "Geometry",
     "GpuDirectCapability",
     "GpuMappedBuffer",
     "MemoryKind",
     "Namespace",
+    "NvidiaFsGpu",
+    "NvidiaFsStats",
     "NvmeStatusError",
+    "PathReport",
     "RingUnavailableError",
     "ShortReadError",
+    "Status",
     "StreamStats",
+    "Survey",
+    "Target",
+    "Trial",
     "Unavailable",
     "UnavailableReason",
+    "Verdict",
     "WayStats",
     "decode_nvme_read_sqe",
     "encode_nvme_read_sqe",
     "encode_nvme_read_sqes",
+    "parse_nvidia_fs_stats",
     "probe",
+    "survey",
 ]

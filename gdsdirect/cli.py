@@ -1,10 +1,11 @@
-"""The command line: `gdsdirect probe` and `gdsdirect read`."""
+"""The command line: `gdsdirect check`, `gdsdirect probe` and `gdsdirect read`."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -56,6 +57,28 @@ def _parser() -> argparse.ArgumentParser:
         "Exit code: 0 available, 1 unavailable, 2 this build or system has no io_uring.",
     )
     ask.set_defaults(run=_probe)
+
+    check = commands.add_parser(
+        "check",
+        help="say which ways are open, and what stands in the way of others",
+        description="Say which ways are open to each PATH (default: every NVMe namespace), what "
+        "stands in the way of others, and what to do. It only reads. Exit code: 0 if a direct way "
+        "is open, 1 if only others are, 2 if none is or PATH can't be read.",
+    )
+    check.add_argument("paths", nargs="*", metavar="PATH", help="a file, folder or device")
+    check.add_argument("--json", action="store_true", help="print all of it as JSON")
+    check.add_argument(
+        "--no-verify", action="store_true", help="judge by facts alone, without a trial read"
+    )
+    where = check.add_mutually_exclusive_group()
+    where.add_argument(
+        "--record",
+        metavar="DIR",
+        help="write all that was read and asked to DIR, for a bug report: without serial numbers, "
+        "host names and network addresses",
+    )
+    where.add_argument("--replay", metavar="DIR", help="judge the host that was recorded in DIR")
+    check.set_defaults(run=_check)
 
     read = commands.add_parser(
         "read",
@@ -113,6 +136,33 @@ def _probe(_: argparse.Namespace) -> int:
             print("feature disabled: this system or this build of gdsdirect has no io_uring")
             return 2
     raise AssertionError("probe() has three results")
+
+
+# ---- check
+
+
+def _check(options: argparse.Namespace) -> int:
+    # Not at import time, for the sake of the other commands.
+    from gdsdirect.host import Host, read_answers
+    from gdsdirect.record import RecordingHost
+    from gdsdirect.report import print_report
+    from gdsdirect.survey import survey_host
+    from gdsdirect.sysfs import Sysfs
+
+    recording = RecordingHost() if options.record else None
+    if options.replay:
+        host = Host(Sysfs(options.replay), read_answers(options.replay))
+    else:
+        host = recording or Host(Sysfs())
+    found = survey_host(host, options.paths, not options.no_verify)
+    if recording:
+        recording.write(options.record)
+    if options.json:
+        json.dump(found.to_dict(), sys.stdout, indent=2)
+        print()
+    else:
+        print_report(found)
+    return found.exit_code
 
 
 # ---- read

@@ -64,7 +64,8 @@ class GpuMappedBuffer(Memory):
         """Map `nbytes` of PCI peer memory from `source`, starting at its byte `offset`.
 
         `source` is a path or an open file whose mmap gives pages of a PCI BAR (P2PDMA), such as
-        /sys/bus/pci/devices/<address>/p2pmem/allocate, of which each mapping allocates anew.
+        /sys/bus/pci/devices/<address>/p2pmem/allocate, of which each mapping allocates anew. Of a
+        GPU that file gives memory that CUDA may hold too: map a GPU's through its driver.
         Whether a drive can write there shows only when it does: both must be below one PCIe switch.
 
         Raises OSError, with cause and remedy, if the file is missing or doesn't map, ValueError
@@ -198,7 +199,7 @@ def _anonymous_memory(nbytes: int) -> mmap.mmap | memoryview:
 
 
 def _why_no_peer_memory(sysfs: Sysfs) -> str:
-    if sysfs.kernel_has_p2pdma() is False:
+    if sysfs.kernel_has_p2pdma().enabled is False:
         return (
             "no peer memory: this kernel was built without P2PDMA; boot one with "
             "CONFIG_PCI_P2PDMA=y (Debian's kernels have it from 7 on)"

@@ -1,4 +1,4 @@
-"""What /sys and /proc say: the only reader of both, with a root that tests can set.
+"""What /sys and /proc say: the only reader of both, with a root that can be set to a copy of them.
 
 Every method is tolerant: what is missing, refused or unreadable is None or an empty tuple, never an
 exception, for a container may hide any of it. Every read is bounded.
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from gdsdirect.probe import read_bounded
 
 _ATTRIBUTE_LIMIT = 1 << 16  # bytes; the kernel gives at most a page for a sysfs attribute
+_MOST_LINKS = 40  # that one path may lead through, as in the kernel (MAXSYMLINKS)
 _CONFIG_LIMIT = 1 << 22  # bytes; a distribution's kernel configuration has about 300,000
 _SYMBOLS_LIMIT = 1 << 25  # bytes; /proc/kallsyms has about 10 MiB with many modules loaded
 
@@ -21,6 +22,13 @@ _SYMBOLS_LIMIT = 1 << 25  # bytes; /proc/kallsyms has about 10 MiB with many mod
 _CONTROLLER = re.compile(r"nvme\d+")
 _DISK = re.compile(r"nvme\d+n(\d+)")
 _GENERIC = re.compile(r"ng\d+n(\d+)")
+_PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
+
+# PCI Express Base Specification 5.0, 7.7.8, "Access Control Services Extended Capability".
+_EXTENDED_CAPABILITIES = 0x100  # where they begin in the configuration space
+_ACS_CAPABILITY = 0x000D
+_ACS_CONTROL = 6  # offset of the control register
+_ACS_REDIRECTS = 0x04 | 0x08 | 0x20  # P2P request and completion redirect, egress control
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +83,36 @@ class PeerMemoryProvider:
 
 
 @dataclass(frozen=True, slots=True)
+class PciDevice:
+    """A PCI device's place in the tree.
+
+    `bridges` are the addresses of the bridges above it, the root port first, and `host_bridge` is
+    the kernel's name for what is above them all ("pci0000:00").
+    """
+
+    address: str
+    host_bridge: str
+    bridges: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KernelOption:
+    """What tells whether the kernel was built with an option: a file, and its line as read.
+
+    `enabled` is None where nothing tells.
+    """
+
+    enabled: bool | None
+    source: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Sysfs:
-    """/sys and /proc below `root`; paths given to and returned by methods are real paths.
+    """The files of the host, or of a copy of them below `root`.
+
+    Paths given to methods and returned by them are those of the host ("/sys/class/nvme"), whatever
+    the root. Links are followed as if the root were "/".
 
     >>> Sysfs().device("char", os.stat("/dev/null").st_rdev).name
     'null'
@@ -84,13 +120,18 @@ class Sysfs:
 
     root: str = "/"
 
-    def path(self, *parts: str) -> str:
-        """`parts` joined below the root."""
-        return os.path.join(self.root, *parts)
+    # ---- Files
+
+    def read_bytes(self, path: str, limit: int = _ATTRIBUTE_LIMIT) -> bytes | None:
+        """The first `limit` bytes of a file, or None if it cannot be read."""
+        try:
+            return read_bounded(self._real(path), limit)
+        except (OSError, ValueError):  # ValueError: a NUL in the path
+            return None
 
     def read(self, *parts: str) -> str | None:
         """A small file's text without surrounding blanks, or None if it cannot be read."""
-        content = _read_or_none(self.path(*parts), _ATTRIBUTE_LIMIT)
+        content = self.read_bytes(os.path.join("/", *parts))
         return None if content is None else content.decode("utf-8", "replace").strip()
 
     def read_int(self, *parts: str) -> int | None:
@@ -103,23 +144,66 @@ class Sysfs:
     def entries(self, *parts: str) -> tuple[str, ...]:
         """The names in a directory, sorted so that nvme2 comes before nvme10."""
         try:
-            names = os.listdir(self.path(*parts))
-        except OSError:
+            names = os.listdir(self._real(os.path.join("/", *parts)))
+        except (OSError, ValueError):
             return ()
         return tuple(sorted(names, key=lambda name: (len(name), name)))
 
+    def exists(self, *parts: str) -> bool:
+        """Whether there is a file, directory or device of this name."""
+        return os.path.exists(self._real(os.path.join("/", *parts)))
+
+    def resolve(self, *parts: str) -> str:
+        """The path with all links followed."""
+        path = os.path.join("/", *parts)
+        return os.path.realpath(path) if self.root == "/" else self._follow(path)
+
+    def _real(self, path: str) -> str:
+        """Where a path of the host's is."""
+        return path if self.root == "/" else self.root + self._follow(path)
+
+    def _follow(self, path: str) -> str:
+        """The path with all links followed, none of which leads out of the root."""
+        parts = path.split("/")[::-1]
+        followed: list[str] = []
+        links = 0
+        while parts:
+            part = parts.pop()
+            if part == "..":
+                del followed[-1:]
+            elif part not in ("", "."):
+                place = "/".join(["", *followed, part])
+                target = self._link(place) if links < _MOST_LINKS else None
+                if target is None:
+                    followed.append(part)
+                    continue
+                links += 1
+                parts += target.split("/")[::-1]
+                if target.startswith("/"):
+                    followed.clear()
+        return "/" + "/".join(followed)
+
+    def _link(self, place: str) -> str | None:
+        """What the link `place` holds, whose directory has no links in it; None: it is no link."""
+        try:
+            return os.readlink(self.root.rstrip("/") + place)
+        except (OSError, ValueError):
+            return None
+
+    # ---- Devices
+
     def device(self, kind: str, number: int) -> Device | None:
         """The device whose node has st_rdev `number`; `kind` is "char" or "block"."""
-        link = self.path("sys/dev", kind, f"{os.major(number)}:{os.minor(number)}")
-        return self.device_at(os.path.realpath(link))
+        return self.device_at("/sys/dev", kind, f"{os.major(number)}:{os.minor(number)}")
 
-    def device_at(self, directory: str) -> Device | None:
-        """The device with this sysfs directory, or None where there is none."""
-        if not os.path.isdir(directory):
+    def device_at(self, *parts: str) -> Device | None:
+        """The device with this sysfs directory, or a link to it; None where there is none."""
+        directory = self.resolve(*parts)
+        if not self.exists(directory):
             return None
-        subsystem = os.path.join(directory, "subsystem")
-        name = os.path.basename(os.path.realpath(subsystem)) if os.path.lexists(subsystem) else None
-        return Device(directory, name)
+        subsystem = self.resolve(directory, "subsystem")
+        known = subsystem != os.path.join(directory, "subsystem")
+        return Device(directory, os.path.basename(subsystem) if known else None)
 
     def nvme_namespace(self, device: Device) -> NvmeNamespaceNodes | None:
         """Both nodes of the NVMe namespace that `device`, either of them, stands for.
@@ -137,7 +221,7 @@ class Sysfs:
         elif parent.subsystem == "nvme-subsystem":
             # A shared namespace belongs to the subsystem, which links to each of its controllers.
             controllers = tuple(
-                os.path.realpath(os.path.join(parent.directory, name))
+                self.resolve(parent.directory, name)
                 for name in self.entries(parent.directory)
                 if _CONTROLLER.fullmatch(name)
             )
@@ -157,30 +241,72 @@ class Sysfs:
         """Names of the generic character devices of a controller's own namespaces ("ng0n1")."""
         return tuple(n for n in self.entries(controller.directory) if _GENERIC.fullmatch(n))
 
-    def kernel_has_p2pdma(self) -> bool | None:
-        """Whether the running kernel has PCI peer-to-peer DMA; None when it can't be told.
+    def pci_device(self, address: str) -> PciDevice | None:
+        """The PCI device with this address, or None where there is none."""
+        directory = f"/sys/bus/pci/devices/{address}"
+        place = self.resolve(directory)
+        if _PCI_ADDRESS.fullmatch(address) is None or place == directory:
+            return None
+        # /sys/devices/pci0000:00/<root port>/<switch's ports>/<device>. A device can have a host
+        # bridge of its own below it (Intel VMD), so the last one counts.
+        above = place.split("/")[:-1]
+        hosts = [index for index, name in enumerate(above) if name.startswith("pci")]
+        if not hosts:
+            return PciDevice(address, "", ())
+        return PciDevice(address, above[hosts[-1]], tuple(above[hosts[-1] + 1 :]))
 
-        Asked of the kernel's configuration (CONFIG_PCI_P2PDMA), else of its symbols: versions do
-        not tell, as distributions choose.
+    def redirects_peer_traffic(self, bridge: str) -> bool | None:
+        """Whether a bridge sends transfers between devices below it up to the host bridge (ACS).
+
+        None where that can't be told: only root may read so far into the configuration space.
+        """
+        config = self.read_bytes(f"/sys/bus/pci/devices/{bridge}/config", 4096) or b""
+        if len(config) <= _EXTENDED_CAPABILITIES:
+            return None
+        place = find_extended_capability(config, _ACS_CAPABILITY)
+        if place is None or place + _ACS_CONTROL >= len(config):
+            return False
+        return bool(config[place + _ACS_CONTROL] & _ACS_REDIRECTS)
+
+    # ---- The kernel
+
+    def kernel_option(self, name: str, symbol: str) -> KernelOption:
+        """Whether the running kernel was built with CONFIG_`name`, which brings `symbol` with it.
+
+        Asked of the kernel's configuration, else of its symbols: versions do not tell, as
+        distributions choose.
         """
         release = self.read("proc/sys/kernel/osrelease")
-        files = ["proc/config.gz"]
+        files = ["/proc/config.gz"]
         if release:
-            files += [f"boot/config-{release}", f"lib/modules/{release}/config"]
-        for name in files:
-            config = _read_or_none(self.path(name), _CONFIG_LIMIT)
-            if config is not None and name.endswith(".gz"):
+            files += [f"/boot/config-{release}", f"/lib/modules/{release}/config"]
+        for path in files:
+            config = self.read_bytes(path, _CONFIG_LIMIT)
+            if config is not None and path.endswith(".gz"):
                 config = _gunzip_or_none(config, _CONFIG_LIMIT)
             if config is not None and b"CONFIG_" in config:
                 # An option whose own conditions are not met is not listed at all.
-                return b"\nCONFIG_PCI_P2PDMA=y\n" in config
+                enabled = f"\nCONFIG_{name}=y\n".encode() in config
+                text = f"CONFIG_{name}=y" if enabled else f"# CONFIG_{name} is not set"
+                return KernelOption(enabled, path, text)
 
         # Last, because the kernel takes tens of milliseconds to write its symbols out.
-        symbols = _read_or_none(self.path("proc/kallsyms"), _SYMBOLS_LIMIT)
-        if symbols is not None and b" pci_p2pdma_add_resource\n" in symbols:
+        found = self.kernel_has_symbol(symbol)
+        text = "cannot be read" if found is None else symbol if found else f"no {symbol}"
+        return KernelOption(found, "/proc/kallsyms", text)
+
+    def kernel_has_symbol(self, symbol: str) -> bool | None:
+        """Whether the running kernel has this symbol; None where it doesn't show its symbols."""
+        symbols = self.read_bytes("/proc/kallsyms", _SYMBOLS_LIMIT)
+        # In a module's line, the module's name follows.
+        if symbols is not None and re.search(rb" %s[\t\n]" % re.escape(symbol.encode()), symbols):
             return True
         # Absent from a list that is empty (hidden) or was cut short says nothing.
         return False if symbols and len(symbols) < _SYMBOLS_LIMIT else None
+
+    def kernel_has_p2pdma(self) -> KernelOption:
+        """Whether the running kernel has PCI peer-to-peer DMA (CONFIG_PCI_P2PDMA)."""
+        return self.kernel_option("PCI_P2PDMA", "pci_p2pdma_add_resource")
 
     def huge_page_size(self) -> int:
         """Bytes of the default huge page (/proc/meminfo), 2 MiB where that doesn't say."""
@@ -212,15 +338,21 @@ class Sysfs:
         return None
 
     def _device_number(self, *directory: str) -> int | None:
-        major, _, minor = (self.read(*directory, "dev") or "").partition(":")
-        return os.makedev(int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+        match = re.fullmatch("([0-9]{1,4}):([0-9]{1,7})", self.read(*directory, "dev") or "")
+        return os.makedev(int(match[1]), int(match[2])) if match else None
 
 
-def _read_or_none(path: str, limit: int) -> bytes | None:
-    try:
-        return read_bounded(path, limit)
-    except (OSError, ValueError):  # ValueError: a NUL in the path
-        return None
+def find_extended_capability(config: bytes, identifier: int) -> int | None:
+    """Where an extended capability begins in a PCI Express configuration space, or None."""
+    place = _EXTENDED_CAPABILITIES
+    for _ in range(len(config) // 8):  # a loop of pointers ends too
+        header = int.from_bytes(config[place : place + 4], "little")
+        if header & 0xFFFF == identifier:
+            return place
+        place = header >> 20
+        if place < _EXTENDED_CAPABILITIES:
+            return None
+    return None
 
 
 def _gunzip_or_none(packed: bytes, limit: int) -> bytes | None:

@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+
 from gdsdirect import Geometry, Namespace, decode_nvme_read_sqe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,3 +49,12 @@ class Memory(NamedTuple):
 
     address: int
     nbytes: int
+
+
+def test_the_example_of_a_survey(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "capability.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(code.replace("/data/model.safetensors", str(tmp_path)), {})
+    shown = capsys.readouterr().out
+    assert "BUFFERED into host memory is open" in shown
+    assert "   by path.namespace" in shown

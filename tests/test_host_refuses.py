@@ -25,10 +25,13 @@ from support import needs_lab, run_python
 
 from gdsdirect import (
     AsyncUringStream,
+    Evidence,
     Geometry,
     GpuMappedBuffer,
     Namespace,
+    Status,
     encode_nvme_read_sqe,
+    survey,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -333,6 +336,30 @@ def seccomp_refuses_entering() -> None:
         assert (stream.inflight, stream.stats.submitted, stream.poll()) == (0, 0, [])
 
 
+def survey_names_seccomp() -> None:
+    survey(verify=False)
+    refuse_system_calls(errno.EPERM, IO_URING_SETUP)
+    found = survey(__file__)
+    (check,) = (check for check in found.checks if check.name == "kernel.io_uring")
+    assert (check.status, check.remedy) == (Status.MISSING, PROFILE)
+    assert check.why.startswith("a seccomp filter refuses it")
+    assert Evidence("/proc/self/status", "Seccomp:\t2") in check.evidence
+    assert found.exit_code == 2
+    assert {verdict.closed_by[0] for verdict in found.verdicts if verdict.remedy == PROFILE}
+
+
+def survey_names_the_limit() -> None:
+    survey(verify=False)
+    set_soft_limit(resource.RLIMIT_MEMLOCK, 0)
+    become_ordinary()
+    found = survey(verify=False)
+    checks = {check.name: check for check in found.checks}
+    assert checks["kernel.memlock"].status is Status.WARN
+    assert checks["kernel.io_uring"].status is Status.MISSING
+    assert "RLIMIT_MEMLOCK" in checks["kernel.io_uring"].why
+    assert checks["kernel.io_uring"].remedy == "ulimit -l unlimited"
+
+
 def seccomp_allows_the_three() -> None:
     """The remedy: a profile that refuses something else."""
     unused = 1023
@@ -348,6 +375,8 @@ def seccomp_allows_the_three() -> None:
         seccomp_refuses_registering,
         seccomp_refuses_entering,
         seccomp_allows_the_three,
+        survey_names_seccomp,
+        survey_names_the_limit,
     ],
 )
 def test_seccomp(child: Callable[[], None]) -> None:

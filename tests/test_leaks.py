@@ -44,10 +44,13 @@ from gdsdirect import (
     decode_nvme_read_sqe,
     encode_nvme_read_sqe,
     encode_nvme_read_sqes,
+    parse_nvidia_fs_stats,
     probe,
+    survey,
 )
 
 HERE = Path(__file__).resolve().parent
+SAMPLE = (HERE / "samples/nvidia-fs-stats-2.25.7.txt").read_text()
 TIMES = 150
 ROUNDS = 5
 GEOMETRY = Geometry(nsid=3, lba_size=512, capacity=1000, max_transfer=64 << 10)
@@ -169,6 +172,25 @@ def attributes(cls: type, names: str, *objects: str) -> None:
 
     for name in names.split():
         calls(f"{cls.__name__}.{name}")(read(name))
+
+
+@calls("survey", "Survey", "Survey.exit_code", "Survey.to_dict")
+@calls("Check", "Evidence", "Evidence.number", "PathReport", "Status", "Target", "Trial")
+@calls("Verdict", "Verdict.direct")
+def _survey(world: World) -> None:
+    found = survey(world.folder / "stats", world.folder / "none", "/dev/null")
+    assert found.exit_code == 2
+    assert found.to_dict()["exit_code"] == 2
+    assert not any(verdict.direct and verdict.verified for verdict in found.verdicts)
+    assert found.checks[0].evidence[0].number is None
+
+
+@calls("parse_nvidia_fs_stats", "NvidiaFsStats", "NvidiaFsStats.errors", "NvidiaFsGpu")
+def _parse_nvidia_fs_stats(world: World) -> None:
+    stats = parse_nvidia_fs_stats(SAMPLE)
+    assert stats.errors == {}
+    assert len(stats.gpus) == 1
+    assert parse_nvidia_fs_stats("Reads : err=3").errors == {"Reads.err": 3}
 
 
 @calls("probe", "GpuDirectCapability.probe")

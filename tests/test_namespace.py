@@ -169,20 +169,20 @@ def test_read_block_format(fake: FakeSysfs) -> None:
         controller, "nvme0n1", None, 0, size="131072", queue__logical_block_size="4096"
     )
     expected = BlockFormat(4096, 131072 * 512 // 4096, 0, None)
-    assert read_block_format(fake.sysfs, fake.sysfs.path(disk)) == expected
+    assert read_block_format(fake.sysfs, f"/{disk}") == expected
 
 
 def test_read_block_format_with_metadata(fake: FakeSysfs) -> None:
     controller = fake.controller(0, "0000:03:00.0")
     disk = fake.namespace(controller, "nvme0n1", None, 0, metadata_bytes="8")
-    assert read_block_format(fake.sysfs, fake.sysfs.path(disk)).metadata_size == 8
+    assert read_block_format(fake.sysfs, f"/{disk}").metadata_size == 8
 
 
 def test_read_block_format_before_linux_6_8(fake: FakeSysfs) -> None:
     controller = fake.controller(0, "0000:03:00.0")
     plain = fake.namespace(controller, "nvme0n1", None, 0, integrity__format="none")
     (fake.root / plain / "metadata_bytes").unlink()
-    assert read_block_format(fake.sysfs, fake.sysfs.path(plain)).metadata_size == 0
+    assert read_block_format(fake.sysfs, f"/{plain}").metadata_size == 0
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_read_block_format_never_guesses(fake: FakeSysfs, change: dict[str, str]
     controller = fake.controller(0, "0000:03:00.0")
     disk = fake.namespace(controller, "nvme0n1", None, 0, **change)
     with pytest.raises(ValueError, match=r"nvme0n1, and this user may not ask .* geometry="):
-        read_block_format(fake.sysfs, fake.sysfs.path(disk))
+        read_block_format(fake.sysfs, f"/{disk}")
 
 
 # What a path stands for

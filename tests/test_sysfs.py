@@ -40,9 +40,7 @@ def test_device_that_is_not_there(fake: FakeSysfs) -> None:
 def test_device_without_a_subsystem(fake: FakeSysfs) -> None:
     fake.write("sys/devices/odd/dev", "9:9\n")
     fake.link("sys/dev/char/9:9", "sys/devices/odd")
-    assert fake.sysfs.device("char", os.makedev(9, 9)) == Device(
-        fake.sysfs.path("sys/devices/odd"), None
-    )
+    assert fake.sysfs.device("char", os.makedev(9, 9)) == Device("/sys/devices/odd", None)
 
 
 def test_read(fake: FakeSysfs) -> None:
@@ -91,8 +89,8 @@ def test_namespace_of_one_controller(fake: FakeSysfs) -> None:
     expected = NvmeNamespaceNodes(
         generic="ng0n2",
         generic_number=os.makedev(241, 1),
-        disk=fake.sysfs.path(disk),
-        controllers=(fake.sysfs.path(controller),),
+        disk=f"/{disk}",
+        controllers=(f"/{controller}",),
     )
     assert nodes_of(fake, "char", "241:1") == expected
     assert nodes_of(fake, "block", "259:1") == expected
@@ -108,7 +106,7 @@ def test_nodes_are_paired_by_parent_where_their_numbers_differ(fake: FakeSysfs) 
     nodes = nodes_of(fake, "block", "259:1")
     assert nodes is not None
     assert nodes.generic == "ng1n1"
-    assert nodes.controllers == (fake.sysfs.path(second),)
+    assert nodes.controllers == (f"/{second}",)
 
 
 def test_multipath_namespace_belongs_to_its_subsystem(fake: FakeSysfs) -> None:
@@ -121,8 +119,8 @@ def test_multipath_namespace_belongs_to_its_subsystem(fake: FakeSysfs) -> None:
     expected = NvmeNamespaceNodes(
         generic="ng0n1",
         generic_number=os.makedev(241, 0),
-        disk=fake.sysfs.path(disk),
-        controllers=tuple(fake.sysfs.path(path) for path in paths),
+        disk=f"/{disk}",
+        controllers=tuple(f"/{path}" for path in paths),
     )
     assert nodes_of(fake, "char", "241:0") == expected
     assert nodes_of(fake, "block", "259:0") == expected
@@ -168,9 +166,9 @@ CONFIG_UNMET = "# Linux/x86 6.12\nCONFIG_PCI=y\nCONFIG_NVME_CORE=m\n"
 @pytest.mark.parametrize("place", ["boot/config-6.12.1", "lib/modules/6.12.1/config"])
 def test_p2pdma_by_configuration(fake: FakeSysfs, place: str, config: str, expected: bool) -> None:
     fake.write(place, config)
-    assert fake.sysfs.kernel_has_p2pdma() is None, "whose configuration it is, is not known"
+    assert fake.sysfs.kernel_has_p2pdma().enabled is None, "whose configuration it is, is not known"
     fake.write("proc/sys/kernel/osrelease", "6.12.1\n")
-    assert fake.sysfs.kernel_has_p2pdma() is expected
+    assert fake.sysfs.kernel_has_p2pdma().enabled is expected
 
 
 @pytest.mark.parametrize(
@@ -183,21 +181,21 @@ def test_p2pdma_by_the_running_kernels_configuration(
     # The running kernel's word goes before that of a file with its name.
     fake.write("proc/sys/kernel/osrelease", "6.12.1\n")
     fake.write("boot/config-6.12.1", CONFIG_WITHOUT if expected else CONFIG_WITH)
-    assert fake.sysfs.kernel_has_p2pdma() is expected
+    assert fake.sysfs.kernel_has_p2pdma().enabled is expected
 
 
 def test_p2pdma_with_an_unreadable_configuration(fake: FakeSysfs) -> None:
     fake.write("proc/config.gz", b"not gzip")
-    assert fake.sysfs.kernel_has_p2pdma() is None
+    assert fake.sysfs.kernel_has_p2pdma().enabled is None
     fake.write("proc/sys/kernel/osrelease", "6.12.1\n")
     fake.write("boot/config-6.12.1", "")
-    assert fake.sysfs.kernel_has_p2pdma() is None
+    assert fake.sysfs.kernel_has_p2pdma().enabled is None
 
 
 def test_p2pdma_configuration_is_unpacked_no_further_than_its_bound(fake: FakeSysfs) -> None:
     bomb = b"\n" * (1 << 28) + CONFIG_WITH.encode()
     fake.write("proc/config.gz", gzip.compress(bomb, 1))
-    assert fake.sysfs.kernel_has_p2pdma() is None
+    assert fake.sysfs.kernel_has_p2pdma().enabled is None
 
 
 @pytest.mark.parametrize(
@@ -212,17 +210,17 @@ def test_p2pdma_configuration_is_unpacked_no_further_than_its_bound(fake: FakeSy
 )
 def test_p2pdma_by_symbol(fake: FakeSysfs, symbols: str, expected: bool | None) -> None:
     fake.write("proc/kallsyms", symbols)
-    assert fake.sysfs.kernel_has_p2pdma() is expected
+    assert fake.sysfs.kernel_has_p2pdma().enabled is expected
 
 
 def test_p2pdma_of_an_endless_list_of_symbols_is_unknown(fake: FakeSysfs) -> None:
     fake.write("proc/kallsyms", "")
-    os.truncate(fake.sysfs.path("proc/kallsyms"), 1 << 32)
-    assert fake.sysfs.kernel_has_p2pdma() is None
+    os.truncate(fake.root / "proc/kallsyms", 1 << 32)
+    assert fake.sysfs.kernel_has_p2pdma().enabled is None
 
 
 def test_p2pdma_of_this_kernel_agrees_with_its_symbols() -> None:
-    answer = Sysfs().kernel_has_p2pdma()
+    answer = Sysfs().kernel_has_p2pdma().enabled
     symbols = Path("/proc/kallsyms")
     if not symbols.exists() or not (text := symbols.read_text()):
         pytest.skip("/proc/kallsyms is hidden")

@@ -1,0 +1,136 @@
+"""A small read actually done one way, into the kind of memory it leads to, and compared.
+
+The bytes read plainly come first and again after, so that a device that changes meanwhile is not
+taken for a way that lies; and the buffer is filled with other bytes before, so that a read which
+writes nothing is not taken for one that does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import stat
+from array import array
+from typing import Any
+
+from gdsdirect._nvme_sqe import encode_nvme_read_sqes
+from gdsdirect.file import File
+from gdsdirect.memory import GpuMappedBuffer
+from gdsdirect.namespace import Namespace
+from gdsdirect.stream import AsyncUringStream, DataPath
+
+_MOST = 16 << 10  # bytes of a trial: some pages, and little enough to be done while others work
+_TIMES = 3  # that a trial is repeated where the bytes change under it
+_PATIENCE = 10.0  # seconds for a read that should take a millisecond
+
+
+def try_read(
+    way: DataPath, path: str, plain_path: str | None, allocate: str | None
+) -> dict[str, Any]:
+    """The fields of a `Trial`: a read of the first bytes of `path` by `way`.
+
+    `path` is a namespace for NVME_PASSTHROUGH. `plain_path` is what has the same bytes for a plain
+    read (a namespace's block device), or None, when a second passthrough read into host memory
+    takes its place. `allocate` is the file that maps to peer memory, None for host memory. Every
+    error is an answer.
+    """
+    try:
+        for _ in range(_TIMES):
+            before, compared_with = _plainly(path, plain_path)
+            if not before:
+                return {"ok": False, "error": f"{path} is empty, so that nothing can be compared"}
+            read = _by(way, path, len(before), allocate, _inverted(before))
+            if read == before:
+                return {"ok": True, "nbytes": len(read), "compared_with": compared_with}
+            after, _ = _plainly(path, plain_path)
+            if after == before:
+                break
+        text = f"its bytes are not those of {compared_with}"
+        return {"ok": False, "nbytes": len(read), "compared_with": compared_with, "error": text}
+    except OSError as error:
+        return {"ok": False, "error": error.strerror or str(error)}
+    except (ValueError, RuntimeError, MemoryError) as error:
+        return {"ok": False, "error": str(error)}
+
+
+def _inverted(data: bytes) -> bytes:
+    return bytes(byte ^ 0xFF for byte in data)
+
+
+# ---- Plainly
+
+
+def _plainly(path: str, plain_path: str | None) -> tuple[bytes, str]:
+    """The first bytes by a plain read, and what it was."""
+    if plain_path is not None:
+        if stat.S_ISBLK(os.stat(plain_path).st_mode):
+            # What the page cache has of a device can be older than the device.
+            with contextlib.suppress(OSError):
+                return _pread(plain_path, os.O_DIRECT), f"pread of {plain_path} with O_DIRECT"
+        return _pread(plain_path, 0), f"pread of {plain_path}"
+    with Namespace(path) as namespace:
+        nbytes = _whole_blocks(namespace)
+    text = "another passthrough read, into host memory, since there is no block device to read"
+    return _by(DataPath.NVME_PASSTHROUGH, path, nbytes, None, bytes(nbytes)), text
+
+
+def _pread(path: str, flags: int) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | flags)
+    try:
+        with mmap.mmap(-1, _MOST) as pages:
+            count = os.preadv(fd, [pages], 0)
+            return pages[:count]
+    finally:
+        os.close(fd)
+
+
+# ---- By the way
+
+
+def _by(way: DataPath, path: str, nbytes: int, allocate: str | None, filling: bytes) -> bytes:
+    with contextlib.ExitStack() as stack:
+        buffer = stack.enter_context(
+            GpuMappedBuffer.from_host_visible(_MOST)
+            if allocate is None
+            else GpuMappedBuffer.from_bar1_peer(allocate, _MOST)
+        )
+        register = way is DataPath.FILE_FIXED
+        stream = stack.enter_context(AsyncUringStream(buffer, depth=8, register=register))
+        with buffer.view() as view:
+            view[:nbytes] = filling
+            if way is DataPath.NVME_PASSTHROUGH:
+                namespace = stack.enter_context(Namespace(path))
+                _submit(stream, namespace, buffer.address, nbytes)
+            else:
+                direct = way is not DataPath.BUFFERED
+                file = stack.enter_context(File(path, direct=direct))
+                if file.way(stream) is not way:
+                    raise ValueError(f"the way would be {file.way(stream).name}, since {file.why}")
+                submit = stream.submit_read_fixed if register else stream.submit_read
+                submit(file, 0, _MOST, 0)
+            done = stream.wait(stream.inflight, timeout=_PATIENCE)
+            if not done or stream.inflight:
+                raise TimeoutError(f"the read did not come back in {_PATIENCE:g} s")
+            for completion in done:
+                # A file can be shorter than the read; the bytes are compared all the same.
+                if not completion.ok and completion.nbytes < nbytes:
+                    completion.result()
+            return bytes(view[:nbytes])
+
+
+def _whole_blocks(namespace: Namespace) -> int:
+    lba_size = namespace.lba_size
+    return min(max(_MOST // lba_size, 1), namespace.capacity) * lba_size
+
+
+def _submit(stream: AsyncUringStream, namespace: Namespace, address: int, nbytes: int) -> None:
+    size = min(namespace.safe_transfer, nbytes)
+    starts = range(0, nbytes - nbytes % namespace.lba_size, size)
+    commands = encode_nvme_read_sqes(
+        namespace.nsid,
+        array("Q", [start // namespace.lba_size for start in starts]),
+        array("I", [min(size, nbytes - start) // namespace.lba_size for start in starts]),
+        array("Q", [address + start for start in starts]),
+    )
+    stream.submit_nvme_passthrough(namespace, commands)
