@@ -19,7 +19,8 @@ struct answers {
     int setup;             /* io_uring_setup, without any flag */
     int enter;             /* io_uring_enter: a no-op comes back */
     int registers;         /* IORING_REGISTER_BUFFERS, one page */
-    int passthrough;       /* IORING_OP_URING_CMD in entries of the larger size */
+    int big_entries;       /* SQE128 and CQE32, which every ring of ours has */
+    int passthrough;       /* IORING_OP_URING_CMD in them */
     int passthrough_fixed; /* the same, into a registered buffer */
     int single_thread;     /* what these three of AsyncUringStream's options ask for */
     int sqpoll;
@@ -74,9 +75,9 @@ ask_commands(struct answers *answers, void *page)
 {
     struct io_uring ring;
     struct iovec one = {.iov_base = page, .iov_len = PAGE};
-    answers->passthrough = ask_setup(&ring, IORING_SETUP_SQE128 | IORING_SETUP_CQE32);
-    if (answers->passthrough != 0) {
-        answers->passthrough_fixed = answers->passthrough;
+    answers->big_entries = ask_setup(&ring, IORING_SETUP_SQE128 | IORING_SETUP_CQE32);
+    if (answers->big_entries != 0) {
+        answers->passthrough = answers->passthrough_fixed = answers->big_entries;
         return;
     }
     int fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
@@ -130,11 +131,11 @@ gdsdirect_ask_io_uring(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored)
     ask_all(&answers, page);
     munmap(page, PAGE);
     Py_END_ALLOW_THREADS
-    return Py_BuildValue("{sisisisisisisisi}", "setup", answers.setup, "enter", answers.enter,
-                         "registers", answers.registers, "passthrough", answers.passthrough,
-                         "passthrough_fixed", answers.passthrough_fixed, "single_thread",
-                         answers.single_thread, "sqpoll", answers.sqpoll, "iopoll",
-                         answers.iopoll);
+    return Py_BuildValue(
+        "{sisisisisisisisisi}", "setup", answers.setup, "enter", answers.enter, "registers",
+        answers.registers, "big_entries", answers.big_entries, "passthrough", answers.passthrough,
+        "passthrough_fixed", answers.passthrough_fixed, "single_thread", answers.single_thread,
+        "sqpoll", answers.sqpoll, "iopoll", answers.iopoll);
 }
 
 /* direct_alignment(fd) -> (memory, offset) in bytes, what O_DIRECT wants of a file: STATX_DIOALIGN of

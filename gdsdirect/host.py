@@ -110,6 +110,11 @@ class Host:
         }
         return Stat(**of_type)
 
+    def environment(self, name: str) -> str:
+        """A variable of the environment, empty where it is not set."""
+        answer = self.ask(f"environment {name}", lambda: {"value": os.environ.get(name, "")})
+        return texts(answer).get("value", "")
+
     def direct_alignment(self, path: str) -> tuple[int, int] | None:
         """What O_DIRECT wants of memory and offset, in bytes; None where it isn't told."""
         answer = self.ask(f"direct_alignment {path}", lambda: _direct_alignment(path))

@@ -231,6 +231,8 @@ def _driver(content: bytes) -> bytes:
 
 
 def _cufile(content: bytes) -> bytes:
+    if not content:  # of a file that was looked for, and not read
+        return content
     settings = parse_cufile_json(content.decode("utf-8", "replace"))
     if settings is None:
         return b"not JSON"
@@ -264,7 +266,8 @@ _RULES: tuple[tuple[str, Callable[[bytes], bytes]], ...] = (
     (r"/proc/driver/nvidia/version", _driver),
     (r"/proc/driver/nvidia/params", _containing("RegistryDwords:")),
     (r"/proc/driver/nvidia-fs/stats", _uuids),
-    (r"/etc/cufile\.json", _cufile),
+    # Whatever file the environment names as cufile.json.
+    (r"(?!/(?:boot|etc/ld\.so\.conf\.d|lib|proc|run|sys|usr)/).+", _cufile),
     (r"/sys/.*/nvme\d+/address", _fabrics_address),
     (r"/sys/.*/config", _configuration_space),
 )

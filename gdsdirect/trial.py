@@ -64,11 +64,16 @@ def _inverted(data: bytes) -> bytes:
 def _plainly(path: str, plain_path: str | None) -> tuple[bytes, str]:
     """The first bytes by a plain read, and what it was."""
     if plain_path is not None:
+        what = f"pread of {plain_path}"
         if stat.S_ISBLK(os.stat(plain_path).st_mode):
             # What the page cache has of a device can be older than the device.
             with contextlib.suppress(OSError):
-                return _pread(plain_path, os.O_DIRECT), f"pread of {plain_path} with O_DIRECT"
-        return _pread(plain_path, 0), f"pread of {plain_path}"
+                return _pread(plain_path, os.O_DIRECT), f"{what} with O_DIRECT"
+        try:
+            return _pread(plain_path, 0), what
+        except OSError as error:
+            text = f"nothing to compare with, since {what} fails: {error.strerror}"
+            raise OSError(error.errno, text) from None
     with Namespace(path) as namespace:
         nbytes = _whole_blocks(namespace)
     text = "another passthrough read, into host memory, since there is no block device to read"

@@ -12,15 +12,17 @@ from gdsdirect.checks.paths import PathFacts
 from gdsdirect.checks.peer import Provider, memory, route
 from gdsdirect.host import Host, numbers, texts
 from gdsdirect.stream import DataPath
+from gdsdirect.trial import try_read
 
 # Facts that a read can disprove: the kernel's own list of host bridges can be longer than ours.
 _TRIED_ALL_THE_SAME = frozenset({"peer.route"})
 
+_RING = ("kernel.io_uring", "kernel.big_entries")
 _FEATURES = {
-    DataPath.NVME_PASSTHROUGH: ("kernel.io_uring", "kernel.passthrough"),
-    DataPath.FILE_DIRECT: ("kernel.io_uring",),
-    DataPath.FILE_FIXED: ("kernel.io_uring", "kernel.fixed_buffers"),
-    DataPath.BUFFERED: ("kernel.io_uring",),
+    DataPath.NVME_PASSTHROUGH: (*_RING, "kernel.passthrough"),
+    DataPath.FILE_DIRECT: _RING,
+    DataPath.FILE_FIXED: (*_RING, "kernel.fixed_buffers"),
+    DataPath.BUFFERED: _RING,
 }
 
 
@@ -126,8 +128,6 @@ def _why_untried(path: PathFacts, way: DataPath, provider: Provider | None) -> s
 def _try(
     host: Host, path: PathFacts, way: DataPath, target: Target, provider: Provider | None
 ) -> Trial | None:
-    from gdsdirect.trial import try_read
-
     source, plain = _sources(host, path, way)
     allocate = provider.allocate if provider else None
     where = provider.address if provider else target.value

@@ -19,8 +19,8 @@ from gdsdirect.host import Stat
 FILE = "/data/model.safetensors"
 DRIVE, GPU = "0000:19:00.0", "0000:1a:00.0"
 _SWITCH = "0000:15:01.0/0000:16:00.0"
-_IO_URING = ("setup", "enter", "registers", "passthrough", "passthrough_fixed")
-_OPTIONS = ("single_thread", "sqpoll", "iopoll")
+_IO_URING = ("setup", "enter", "registers", "big_entries", "passthrough")
+_OPTIONS = ("passthrough_fixed", "single_thread", "sqpoll", "iopoll")
 _OPEN_DRIVER = (
     "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build  "
     "(dvs-builder@U22-I3-B11)  Thu Jan 23 22:50:36 UTC 2025\n"

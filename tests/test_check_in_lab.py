@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from support import needs_lab
+from test_in_lab import file_system, partitioned
 
 import lab
 from gdsdirect import DataPath, Target
@@ -19,16 +20,20 @@ from lab import Drive
 HERE = Path(__file__).resolve().parent
 MIB = 1 << 20
 PEER_WAYS = ("nvme_passthrough", "file_direct")
+FILE_WAYS = ["file_direct", "file_fixed", "buffered"]
 
 
 def drives(folder: Path) -> list[Drive]:
-    """Peer memory, a drive that shares its switch, and one that doesn't."""
-    for serial in ("data", "far"):
+    """Peer memory, a drive that shares its switch, one that doesn't; and some that are odd."""
+    for serial in ("data", "far", "broken"):
         (folder / serial).write_bytes(random.Random(serial).randbytes(4 * MIB))
     return [
         Drive("peer", size=MIB, peer_memory=64 * MIB, nsid=7),
         Drive("data", contents=folder / "data", nsid=3, block_size=4096),
-        Drive("far", contents=folder / "far", own_root_port=True),
+        Drive("far", contents=partitioned(folder / "far"), own_root_port=True),
+        Drive("files", contents=file_system(folder)),
+        Drive("broken", contents=folder / "broken", read_errors=(3,)),
+        Drive("metadata", size=520 * 4096, metadata=8),
     ]
 
 
@@ -44,7 +49,7 @@ def summary(answer: Any) -> list[Any]:
 
 
 @pytest.mark.lab
-@needs_lab()
+@needs_lab("mkfs.ext4")
 @pytest.mark.parametrize(("kernel", "peer_memory"), [("6.1", 0), ("6.12", 0), ("7", 1)])
 def test_check_in_the_lab(
     kernel: str, peer_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -68,6 +73,7 @@ def test_check_in_the_lab(
     check_into_peer(told, both, peer_memory)
     check_into_host(told, both)
     check_not_tried(told, peer_memory)
+    check_odd_paths(told["odd"], peer_memory)
     check_remedies(told, kernel, peer_memory)
     recorded = json.loads(told["recorded"][1])
     folder = str(tmp_path / "recording")
@@ -113,6 +119,37 @@ def check_not_tried(told: Any, peer_memory: bool) -> None:
     assert code == (0 if peer_memory else 1)
     found = verdicts(answer, told["data"], Target.PEER)["nvme_passthrough"]
     assert (found["open"], found["verified"], found["trial"]) == (peer_memory, False, None)
+
+
+def check_odd_paths(odd: Any, peer_memory: bool) -> None:
+    file, partition, generic = (odd[name]["paths"][0] for name in ("file", "partition", "generic"))
+    assert file["what"].startswith("ext4 on nvme")
+    assert partition["what"].startswith("block device nvme")
+    # A file and a partition are read as files; the far drive reaches no peer memory.
+    for name, into_peer in (("file", peer_memory), ("partition", False)):
+        path = odd[name]["paths"][0]["path"]
+        peer = verdicts(odd[name], path, Target.PEER)
+        assert (peer["file_direct"]["open"], peer["file_direct"]["verified"]) == (into_peer,) * 2
+        assert "path.namespace" in peer["nvme_passthrough"]["closed_by"]
+        host = verdicts(odd[name], path, Target.HOST)
+        assert [way for way, one in host.items() if one["verified"]] == FILE_WAYS
+    (extents,) = (one for one in file["checks"] if one["name"] == "path.extents")
+    assert extents["status"] == "ok"
+    # A generic device takes commands and nothing else.
+    host = verdicts(odd["generic"], generic["path"], Target.HOST)
+    assert [way for way, one in host.items() if one["verified"]] == ["nvme_passthrough"]
+    assert host["buffered"]["closed_by"] == ["path.direct"]
+    # One that can't be read is not open, whatever the facts say.
+    (broken,) = odd["broken"]["paths"]
+    assert odd["broken"]["exit_code"] == 2
+    for one in verdicts(odd["broken"], broken["path"], Target.HOST).values():
+        assert (one["open"], one["closed_by"]) == (False, ["trial"])
+        assert "pread of" in one["why"]
+    # The kernel keeps metadata to itself; who sends commands would have to take it.
+    (metadata,) = odd["metadata"]["paths"]
+    host = verdicts(odd["metadata"], metadata["path"], Target.HOST)
+    assert "bytes of metadata" in host["nvme_passthrough"]["why"]
+    assert [way for way, one in host.items() if one["verified"]] == FILE_WAYS
 
 
 def check_remedies(told: Any, kernel: str, peer_memory: bool) -> None:

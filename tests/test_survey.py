@@ -295,6 +295,32 @@ def test_each_setting_that_cufile_needs(
     assert remedy in cufile.remedy
 
 
+def test_what_the_environment_tells_cufile(tmp_path: Path) -> None:
+    root = hosts.h100_in_p2pdma_mode(tmp_path)
+    answers = read_answers(str(root))
+    (root / "usr/local/cuda").unlink()
+    (root / "etc/cufile.json").write_text("{}")
+
+    def closed_by(**environment: str) -> tuple[str, ...]:
+        told = {f"environment {name}": {"value": text} for name, text in environment.items()}
+        host = Host(Sysfs(str(root)), {**answers, **told})
+        found = survey_host(host, [hosts.FILE], True)
+        return verdict(found, hosts.FILE, DataPath.CUFILE, Target.GPU).closed_by
+
+    library = "/usr/local/cuda-12.8/targets/x86_64-linux/lib"
+    assert closed_by() == ("nvidia.libcufile", "nvidia.cufile_json")
+    assert closed_by(LD_LIBRARY_PATH=f":/opt/x:{library}") == ("nvidia.cufile_json",)
+    assert closed_by(CUFILE_USE_PCIP2PDMA="true") == ("nvidia.libcufile",)
+    FakeSysfs(root).write("opt/mine.json", '{"properties": {"use_pci_p2pdma": true}}')
+    assert closed_by(CUFILE_ENV_PATH_JSON="/opt/mine.json") == ("nvidia.libcufile",)
+    FakeSysfs(root).write("etc/ld.so.conf.d/cuda.conf", f"# a comment\n{library}\n")
+    assert closed_by(CUFILE_ENV_PATH_JSON="/opt/mine.json") == ()
+    FakeSysfs(root).write(
+        "opt/mine.json", '{"properties": {"use_pci_p2pdma": true, "force_compat_mode": true}}'
+    )
+    assert closed_by(CUFILE_ENV_PATH_JSON="/opt/mine.json") == ("nvidia.cufile_json",)
+
+
 def test_nvidia_fs_and_an_nvme_driver_that_is_not_registered(tmp_path: Path) -> None:
     found = replay(hosts.nvidia_fs_without_nvme(tmp_path), hosts.FILE)
     assert found.exit_code == 1
@@ -690,13 +716,15 @@ def test_a_recording_does_not_tell_whose_it_is(
         "31 1 0:40 / /data/models rw - nfs4 storage.example.org:/export rw,addr=192.0.2.7\n"
         "32 1 8:1 / /media/ada/stick rw - vfat /dev/sda1 rw\n",
     )
-    machine.write("etc/cufile.json", '{"rdma_dev_addr_list": ["192.0.2.7"], "properties": {}}')
+    cufile = '{"rdma_dev_addr_list": ["192.0.2.7"], "properties": {"use_pci_p2pdma": true}}'
+    machine.write("home/mine.conf", cufile)
     machine.write("proc/cpuinfo", "vendor_id\t: GenuineIntel\nserial\t: S6EXNX0T900123\n")
 
     monkeypatch.setattr(platform, "node", lambda: "ada.example.org")
     answers = json.loads((machine.root / "answers.json").read_text())
     remote = {**answers[f"stat {hosts.FILE}"], "real": "/data/models/x", "dev": "0:40"}
     answers["stat /data/models/x"] = remote
+    answers["environment CUFILE_ENV_PATH_JSON"] = {"value": "/home/mine.conf"}
     recording = RecordingHost(str(machine.root), answers)
     before = survey_host(recording, [hosts.FILE, "/data/models/x"], True)
     recording.write(str(tmp_path / "recording"))

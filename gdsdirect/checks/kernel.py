@@ -133,9 +133,16 @@ class _Feature:
 
 _FEATURES = (
     _Feature(
+        "kernel.big_entries",
+        "big_entries",
+        "rings with SQE128 and CQE32",
+        Status.MISSING,
+        "boot Linux 5.19 or later",
+    ),
+    _Feature(
         "kernel.passthrough",
         "passthrough",
-        "NVMe commands by IORING_OP_URING_CMD, in rings with SQE128 and CQE32",
+        "NVMe commands by IORING_OP_URING_CMD",
         Status.MISSING,
         "boot Linux 5.19 or later",
     ),

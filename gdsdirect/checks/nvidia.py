@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from gdsdirect.checks.environment import in_container
 from gdsdirect.checks.kernel import version
 from gdsdirect.checks.nvme import link
 from gdsdirect.checks.peer import is_gpu
-from gdsdirect.host import Host
+from gdsdirect.host import Host, texts
 from gdsdirect.nvidia_fs import (
     parse_nvidia_fs_modules,
     parse_nvidia_fs_stats,
@@ -37,7 +38,11 @@ _STATIC_BAR1_REMEDY = (
 )
 
 _NVIDIA_FS = "/proc/driver/nvidia-fs"
+
+# What libcufile takes its settings from, unless the environment names another.
 _CUFILE_JSON = "/etc/cufile.json"
+_CUFILE_JSON_VARIABLE = "CUFILE_ENV_PATH_JSON"
+_P2PDMA_VARIABLE = "CUFILE_USE_PCIP2PDMA"
 _LIBRARY_PLACES = (
     "/usr/lib/x86_64-linux-gnu",
     "/usr/lib/aarch64-linux-gnu",
@@ -275,15 +280,35 @@ def _peermem(host: Host) -> Check:
 
 def _libcufile(host: Host) -> Check:
     name = "nvidia.libcufile"
-    for place in _LIBRARY_PLACES:
+    places = _library_places(host)
+    for place in places:
         path = f"{place}/libcufile.so.0"
         if host.sysfs.exists(path):
             real = host.sysfs.resolve(path)
             number = os.path.basename(real).removeprefix("libcufile.so.")
             return Check(name, Status.OK, f"version {number}", (Evidence(path, real),))
-    seen = Evidence(", ".join(_LIBRARY_PLACES), "no libcufile.so.0")
-    why = "cuFile's library is not in any of the usual places"
+    seen = Evidence(", ".join(places), "no libcufile.so.0")
+    why = "cuFile's library is not where the loader looks"
     return Check(name, Status.MISSING, why, (seen,), "apt-get install libcufile-12-8, or later")
+
+
+def _library_places(host: Host) -> tuple[str, ...]:
+    """Where the loader looks, the usual places, and NVIDIA's wheel."""
+    told = host.environment("LD_LIBRARY_PATH").split(":")
+    for name in host.sysfs.entries("etc/ld.so.conf.d"):
+        told += (host.sysfs.read("etc/ld.so.conf.d", name) or "").splitlines()
+    wheel = texts(host.ask("cufile wheel", _find_wheel)).get("folder", "")
+    places = (*map(str.strip, told), *_LIBRARY_PLACES, wheel)
+    return tuple(dict.fromkeys(place for place in places if place.startswith("/")))
+
+
+def _find_wheel() -> dict[str, str]:
+    """The folder of the library in the package nvidia-cufile, where that is installed."""
+    for place in sys.path:
+        folder = os.path.join(place or os.getcwd(), "nvidia/cufile/lib")
+        if os.path.isdir(folder):
+            return {"folder": folder}
+    return {}
 
 
 def parse_cufile_json(text: str) -> dict[str, Any] | None:
@@ -321,23 +346,24 @@ def _without_comments(text: str) -> str:
 
 def _cufile_json(host: Host) -> Check:
     name = "nvidia.cufile_json"
-    text = host.sysfs.read(_CUFILE_JSON)
-    remedy = f'set "use_pci_p2pdma": true below "properties" in {_CUFILE_JSON}'
-    if text is None:
-        seen = (Evidence(_CUFILE_JSON, _UNREADABLE),)
-        why = "without it cuFile's P2PDMA mode is off"
-        return Check(name, Status.MISSING, why, seen, remedy)
-    settings = parse_cufile_json(text)
+    path = host.environment(_CUFILE_JSON_VARIABLE) or _CUFILE_JSON
+    text = host.sysfs.read(path)
+    settings = parse_cufile_json("{}" if text is None else text)
     if settings is None:
-        seen = (Evidence(_CUFILE_JSON, text[:200]),)
-        return Check(name, Status.MISSING, "it is not JSON", seen, f"mend {_CUFILE_JSON}")
-    seen = (Evidence(_CUFILE_JSON, json.dumps(settings)),)
+        seen: tuple[Evidence, ...] = (Evidence(path, (text or "")[:200]),)
+        return Check(name, Status.MISSING, "it is not JSON", seen, f"mend {path}")
+    variable = host.environment(_P2PDMA_VARIABLE)
+    seen = (Evidence(path, _UNREADABLE if text is None else json.dumps(settings)),)
+    if variable:
+        seen += (Evidence(f"environment, {_P2PDMA_VARIABLE}", variable),)
+        settings["properties.use_pci_p2pdma"] = variable.lower() in ("1", "true", "yes")
     if settings.get("properties.force_compat_mode") is True:
         why = "force_compat_mode is on: cuFile copies through RAM whatever else is set"
-        remedy = f'set "force_compat_mode": false in {_CUFILE_JSON}'
+        remedy = f'set "force_compat_mode": false in {path}'
         return Check(name, Status.MISSING, why, seen, remedy)
     used = [settings.get(key) for key in _SETTINGS if key.endswith("use_pci_p2pdma")]
     if True not in used:
+        remedy = f'set "use_pci_p2pdma": true below "properties" in {path}'
         return Check(name, Status.MISSING, "cuFile's P2PDMA mode is off", seen, remedy)
     return Check(name, Status.OK, "cuFile's P2PDMA mode is on", seen)
 

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,24 @@ def mended(path: str, target: Target) -> list[dict[str, Any]]:
     return found
 
 
+def odd_paths() -> dict[str, Any]:
+    """Surveys of a file, a partition, and drives that can't be read, each by a name of its own."""
+    partition = f"{path_of('far')}p1"
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["mount", "-t", "ext4", "-o", "ro", path_of("files"), folder], check=True)
+        found = {"file": survey(f"{folder}/model").to_dict()}
+        subprocess.run(["umount", folder], check=True)
+    found["partition"] = survey(partition).to_dict()
+    for serial in ("broken", "metadata"):
+        found[serial] = survey(path_of(serial)).to_dict()
+    found["generic"] = survey(path_of("data").replace("nvme", "ng")).to_dict()
+    return found
+
+
 def main() -> None:
     data, far = path_of("data"), path_of("far")
     told: dict[str, Any] = {"data": data, "far": far}
+    told["odd"] = odd_paths()
     told["page"] = command()
     told["both"] = command("--json", data, far)
     told["not tried"] = command("--json", "--no-verify", data)
