@@ -19,6 +19,8 @@ MISSING = (
     "pkg-config`, or build without the ring by GDSDIRECT_URING_CMD=0"
 )
 
+RING_FILES = ("uring_cmd", "submit", "reap", "memory", "source", "alias", "ask")
+
 # Symbols are hidden except PyInit. setuptools lets CFLAGS take the place of CPython's own flags, so
 # that without an optimisation of our own `CFLAGS=-Werror pip install .` would build without any.
 UNIX_FLAGS = ["-std=c11", "-Wall", "-Wextra", "-fvisibility=hidden"]
@@ -51,7 +53,7 @@ def ring_extension() -> Extension:
         link_flags.append("-Wl,--exclude-libs,ALL")
     return Extension(
         "gdsdirect._uring_cmd",
-        [f"csrc/{name}.c" for name in ("uring_cmd", "submit", "reap", "memory", "source", "ask")],
+        [f"csrc/{name}.c" for name in RING_FILES],
         depends=[str(header) for header in Path("csrc").glob("*.h")],
         define_macros=[("_GNU_SOURCE", "1")],
         extra_compile_args=[*UNIX_FLAGS, *compile_flags],

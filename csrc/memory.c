@@ -56,6 +56,13 @@ memory_fill(Memory *self, PyObject *owner, unsigned long long address, Py_ssize_
     return 0;
 }
 
+static void
+memory_hold_aliases(Memory *self, struct module_state *module)
+{
+    self->aliases = &module->aliases;
+    self->exposed = !alias_hold(self->aliases, (uintptr_t)self->address, (size_t)self->nbytes);
+}
+
 static PyObject *
 memory_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
@@ -67,10 +74,16 @@ memory_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
                                      &nbytes)) {
         return NULL;
     }
-    Memory *self = (Memory *)type->tp_alloc(type, 0);
-    if (self != NULL && memory_fill(self, owner, address, nbytes) < 0) {
-        Py_CLEAR(self);
+    PyObject *module = PyType_GetModuleByDef(type, &gdsdirect_uring_cmd_module);
+    Memory *self = module ? (Memory *)type->tp_alloc(type, 0) : NULL;
+    if (self == NULL) {
+        return NULL;
     }
+    if (memory_fill(self, owner, address, nbytes) < 0) {
+        Py_DECREF(self);
+        return NULL;
+    }
+    memory_hold_aliases(self, PyModule_GetState(module));
     return (PyObject *)self;
 }
 
@@ -79,6 +92,10 @@ static void
 memory_release(Memory *self)
 {
     atomic_store(&self->exports, CLOSED);
+    if (self->aliases != NULL) {
+        alias_release(self->aliases, (uintptr_t)self->address, (size_t)self->nbytes);
+        self->aliases = NULL;
+    }
     PyBuffer_Release(&self->exporter);
     Py_CLEAR(self->owner);
 }
@@ -185,6 +202,12 @@ memory_get_closed(Memory *self, void *Py_UNUSED(closure))
     return PyBool_FromLong(atomic_load(&self->exports) == CLOSED);
 }
 
+static PyObject *
+memory_get_exposed(Memory *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(self->exposed);
+}
+
 static Py_ssize_t
 memory_length(Memory *self)
 {
@@ -198,6 +221,7 @@ static PyGetSetDef memory_getset[] = {
      "Address of the first byte in this process; ValueError once closed.", NULL},
     {"nbytes", (getter)memory_get_nbytes, NULL, "Size in bytes.", NULL},
     {"closed", (getter)memory_get_closed, NULL, "Whether close() was called.", NULL},
+    {"_exposed", (getter)memory_get_exposed, NULL, "Whether something is at its aliases.", NULL},
     {NULL},
 };
 

@@ -7,6 +7,8 @@
 
 #include "pycompat.h"
 
+#include "alias.h"
+
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -18,6 +20,7 @@ struct module_state {
     PyObject *source_name; /* "_source": where a Namespace keeps its Source */
     PyObject *name_name;   /* "name" */
     _Atomic uint32_t closings; /* sources closed so far: rings then look which of theirs are */
+    struct aliases aliases;
 };
 
 extern struct PyModuleDef gdsdirect_uring_cmd_module;
@@ -31,6 +34,8 @@ typedef struct {
     Py_ssize_t nbytes;
     Py_buffer exporter; /* obj is NULL where somebody else mapped the address */
     PyObject *owner;    /* then this keeps it mapped */
+    struct aliases *aliases; /* where its own are held free; NULL: they are not yet, or no more */
+    bool exposed;            /* something else is at some of them */
     _Atomic Py_ssize_t exports; /* -1: closed */
 } Memory;
 

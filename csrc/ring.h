@@ -147,7 +147,8 @@ void ring_send_own_locked(Ring *self, uint8_t opcode, unsigned count);
  * As it was, after EFAULT, some times: what finds the drive's queue frozen (a reset, a rescan) or full
  * the kernel hands to a worker thread. One that was made while this process returned from an interrupt
  * has no number of a system call in its registers, but -1; the kernel takes it for one of the x32 ABI,
- * and cuts the target's address to 32 bits (nvme_to_user_ptr; seen on 6.1, 6.12 and 7.3). */
+ * and cuts the target's address to 32 bits (nvme_to_user_ptr; seen on 6.1, 6.12 and 7.3), where alias.h
+ * has seen to it that nothing is. */
 bool ring_resend_locked(Ring *self, struct slot *slot, uint64_t id, int32_t res);
 
 /* reap.c */

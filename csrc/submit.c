@@ -271,6 +271,13 @@ ring_send_own_locked(Ring *self, uint8_t opcode, unsigned count)
     enter_at_last_locked(self);
 }
 
+static bool
+may_go_unregistered(const Ring *self, const struct slot *slot)
+{
+    const Memory *memory = (const Memory *)self->memory.obj;
+    return !memory->exposed || alias_is_held(memory->aliases, slot->address, slot->nbytes);
+}
+
 bool
 ring_resend_locked(Ring *self, struct slot *slot, uint64_t id, int32_t res)
 {
@@ -280,7 +287,8 @@ ring_resend_locked(Ring *self, struct slot *slot, uint64_t id, int32_t res)
     if (res == -EFAULT && slot->faults < MOST_FAULTS) {
         slot->faults++;
     }
-    else if (slot->registered != NOT_REGISTERED && (res == -EINVAL || res == -ENOMEM)) {
+    else if (slot->registered != NOT_REGISTERED && (res == -EINVAL || res == -ENOMEM) &&
+             may_go_unregistered(self, slot)) {
         if (slot->nbytes <= self->registered_most) {
             self->registered_most = slot->nbytes - 1;
         }
@@ -509,7 +517,13 @@ struct bounds {
     uint32_t max_transfer;
     uint32_t registered;      /* buffers */
     uint32_t most_registered; /* bytes of a command that goes into one */
+    struct aliases *exposed;  /* where to look whether the command's is; NULL: none is */
 };
+
+#define ALIAS_IN_USE                                                                               \
+    "dest_bar1_ptr, cut to 32 bits, is the address of other memory of this process, which Linux "  \
+    "could overwrite instead when a worker thread of its own sends the command: use another "      \
+    "buffer, or one that is registered"
 
 /* The registered buffer that holds all of the range, or NOT_REGISTERED. */
 static inline uint16_t
@@ -585,6 +599,11 @@ check_command(const struct bounds *bounds, const unsigned char *wire, struct com
     command->registered = nbytes <= bounds->most_registered
                               ? registered_buffer(bounds->registered, offset, (uint32_t)nbytes)
                               : NOT_REGISTERED;
+    if (bounds->exposed != NULL && command->registered == NOT_REGISTERED &&
+        !alias_is_held(bounds->exposed, read->address, nbytes)) {
+        *wrong = ALIAS_IN_USE;
+        return false;
+    }
     return true;
 }
 
@@ -592,6 +611,7 @@ static struct bounds
 bounds_of(const Ring *self, const Source *source)
 {
     const uint32_t most = self->registered_most;
+    const Memory *memory = (const Memory *)self->memory.obj;
     return (struct bounds){
         .start = (uintptr_t)self->memory.buf,
         .room = (uint64_t)self->memory.len,
@@ -603,6 +623,7 @@ bounds_of(const Ring *self, const Source *source)
         /* What it can't map of a registered buffer Linux 6.12 copies, and says nothing: its own pages
          * are then the drive's target (blk_rq_map_user_iov). Unregistered memory it maps or refuses. */
         .most_registered = most < source->safe_transfer ? most : source->safe_transfer,
+        .exposed = memory->exposed ? memory->aliases : NULL,
     };
 }
 

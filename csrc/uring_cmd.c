@@ -865,6 +865,10 @@ static int
 module_exec(PyObject *module)
 {
     struct module_state *state = PyModule_GetState(module);
+    if (!alias_init(&state->aliases)) {
+        PyErr_NoMemory();
+        return -1;
+    }
     if ((state->source_name = PyUnicode_InternFromString("_source")) == NULL ||
         (state->name_name = PyUnicode_InternFromString("name")) == NULL ||
         (state->memory_type = add_type(module, &gdsdirect_memory_spec)) == NULL ||
@@ -900,7 +904,9 @@ module_clear(PyObject *module)
 static void
 module_free(void *module)
 {
+    struct module_state *state = PyModule_GetState(module);
     module_clear(module);
+    alias_free(&state->aliases);
 }
 
 static PyMethodDef module_methods[] = {

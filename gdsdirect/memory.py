@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import stat
+from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
@@ -24,6 +25,11 @@ _HUGE_PAGE = 2 << 20  # the smallest on every architecture that Linux runs NVMe 
 _HUGE_ENOUGH = 512 << 10  # smaller memory fits a command's segments in single pages
 
 _MAP_HUGETLB = 0x40000  # asm-generic/mman.h; Python's mmap module names it from 3.13 on
+_MAP_NORESERVE = 0x4000
+
+# Places in the address space that are tried for a buffer, and how far they are apart, in bytes.
+_PLACES = 8
+_SPACING = 512 << 20
 
 
 class MemoryKind(Enum):
@@ -52,6 +58,22 @@ class GpuMappedBuffer(Memory):
     _kind: MemoryKind
 
     @classmethod
+    def _place(cls, make: Callable[[], Self]) -> Self:
+        """Memory where nothing else is at the addresses that Linux may take for its own.
+
+        See csrc/alias.h. What is exposed all the same, is refused by passthrough as far as it is.
+        """
+        buffer = make()
+        taken: list[object] = []
+        while buffer._exposed and len(taken) < _PLACES:
+            taken.append((buffer, mmap.mmap(-1, _SPACING, flags=_RESERVED, prot=0)))
+            try:
+                buffer = make()
+            except OSError:  # there is no room for two
+                break
+        return buffer
+
+    @classmethod
     def _make(cls, kind: MemoryKind, owner: object, *, address: int = 0, nbytes: int = 0) -> Self:
         self = cls(owner, address, nbytes)
         self._kind = kind
@@ -74,7 +96,8 @@ class GpuMappedBuffer(Memory):
         if nbytes < 1:
             raise ValueError(f"nbytes is {nbytes}: peer memory has at least 1 byte")
         if not isinstance(source, (str, os.PathLike)):
-            return cls._map_peer(source.fileno(), getattr(source, "name", source), nbytes, offset)
+            fd, name = source.fileno(), getattr(source, "name", source)
+            return cls._place(lambda: cls._map_peer(fd, name, nbytes, offset))
         path = os.fspath(source)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -84,7 +107,7 @@ class GpuMappedBuffer(Memory):
             text = "peer memory needs the right to read and write this file: give it, or be root"
             raise PermissionError(error.errno, text, path) from None
         try:
-            return cls._map_peer(fd, path, nbytes, offset)
+            return cls._place(lambda: cls._map_peer(fd, path, nbytes, offset))
         finally:
             os.close(fd)
 
@@ -123,7 +146,11 @@ class GpuMappedBuffer(Memory):
         if nbytes < 1:
             raise ValueError(f"nbytes is {nbytes}: a buffer has at least 1 byte")
         if not hugepages:
-            return cls._make(MemoryKind.HOST_VISIBLE, _anonymous_memory(nbytes))
+            return cls._place(lambda: cls._make(MemoryKind.HOST_VISIBLE, _anonymous_memory(nbytes)))
+        return cls._place(lambda: cls._huge(nbytes))
+
+    @classmethod
+    def _huge(cls, nbytes: int) -> Self:
         size = Sysfs().huge_page_size()
         pages = -(-nbytes // size)
         try:
@@ -178,6 +205,7 @@ class GpuMappedBuffer(Memory):
 
 # MAP_PRIVATE: a fork's child gets a copy, and never shares what the drive writes for the parent.
 _ANONYMOUS = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
+_RESERVED = _ANONYMOUS | _MAP_NORESERVE
 
 
 def _anonymous_memory(nbytes: int) -> mmap.mmap | memoryview:

@@ -1396,6 +1396,10 @@ def test_closing_from_another_thread_wakes_async_waiters(
 # ---- Memory
 
 
+@pytest.mark.skipif(
+    "libasan" in os.environ.get("LD_PRELOAD", ""),
+    reason="AddressSanitizer keeps what was freed, to find who uses it",
+)
 def test_a_long_run_needs_no_more_memory(buffer: GpuMappedBuffer, namespace: Namespace) -> None:
     with AsyncUringStream(buffer, depth=64) as stream:
         batch = commands(buffer, 256)
