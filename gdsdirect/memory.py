@@ -7,7 +7,6 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
@@ -28,8 +27,8 @@ _MAP_HUGETLB = 0x40000  # asm-generic/mman.h; Python's mmap module names it from
 _MAP_NORESERVE = 0x4000
 
 # Places in the address space that are tried for a buffer, and how far they are apart, in bytes.
-_PLACES = 8
-_SPACING = 512 << 20
+_PLACES = 16
+_SPACING = 256 << 20
 
 
 class MemoryKind(Enum):
@@ -58,22 +57,6 @@ class GpuMappedBuffer(Memory):
     _kind: MemoryKind
 
     @classmethod
-    def _place(cls, make: Callable[[], Self]) -> Self:
-        """Memory where nothing else is at the addresses that Linux may take for its own.
-
-        See csrc/alias.h. What is exposed all the same, is refused by passthrough as far as it is.
-        """
-        buffer = make()
-        taken: list[object] = []
-        while buffer._exposed and len(taken) < _PLACES:
-            taken.append((buffer, mmap.mmap(-1, _SPACING, flags=_RESERVED, prot=0)))
-            try:
-                buffer = make()
-            except OSError:  # there is no room for two
-                break
-        return buffer
-
-    @classmethod
     def _make(cls, kind: MemoryKind, owner: object, *, address: int = 0, nbytes: int = 0) -> Self:
         self = cls(owner, address, nbytes)
         self._kind = kind
@@ -97,7 +80,7 @@ class GpuMappedBuffer(Memory):
             raise ValueError(f"nbytes is {nbytes}: peer memory has at least 1 byte")
         if not isinstance(source, (str, os.PathLike)):
             fd, name = source.fileno(), getattr(source, "name", source)
-            return cls._place(lambda: cls._map_peer(fd, name, nbytes, offset))
+            return cls._map_peer(fd, name, nbytes, offset)
         path = os.fspath(source)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -107,7 +90,7 @@ class GpuMappedBuffer(Memory):
             text = "peer memory needs the right to read and write this file: give it, or be root"
             raise PermissionError(error.errno, text, path) from None
         try:
-            return cls._place(lambda: cls._map_peer(fd, path, nbytes, offset))
+            return cls._map_peer(fd, path, nbytes, offset)
         finally:
             os.close(fd)
 
@@ -146,11 +129,8 @@ class GpuMappedBuffer(Memory):
         if nbytes < 1:
             raise ValueError(f"nbytes is {nbytes}: a buffer has at least 1 byte")
         if not hugepages:
-            return cls._place(lambda: cls._make(MemoryKind.HOST_VISIBLE, _anonymous_memory(nbytes)))
-        return cls._place(lambda: cls._huge(nbytes))
-
-    @classmethod
-    def _huge(cls, nbytes: int) -> Self:
+            buffer = cls._make(MemoryKind.HOST_VISIBLE, _anonymous_memory(nbytes))
+            return cls._elsewhere(buffer) if buffer._exposed else buffer
         size = Sysfs().huge_page_size()
         pages = -(-nbytes // size)
         try:
@@ -163,6 +143,23 @@ class GpuMappedBuffer(Memory):
             )
             raise OSError(error.errno, text) from None
         return cls._make(MemoryKind.HOST_VISIBLE, memoryview(mapping)[:nbytes])
+
+    @classmethod
+    def _elsewhere(cls, exposed: Self) -> Self:
+        """Memory of the same size where nothing else is at its aliases (csrc/alias.h), if there is.
+
+        Looked for in one mapping of more than 4 GiB; the untouched rest of it costs addresses.
+        """
+        try:
+            mapping = _anonymous_memory(exposed.nbytes + _PLACES * _SPACING, _MAP_NORESERVE)
+        except OSError:  # RLIMIT_AS
+            return exposed
+        with memoryview(mapping) as view:
+            for place in range(0, _PLACES * _SPACING, _SPACING):
+                buffer = cls._make(MemoryKind.HOST_VISIBLE, view[place : place + exposed.nbytes])
+                if not buffer._exposed:
+                    return buffer
+        return exposed
 
     @classmethod
     def from_object(cls, obj: Buffer) -> Self:
@@ -205,19 +202,18 @@ class GpuMappedBuffer(Memory):
 
 # MAP_PRIVATE: a fork's child gets a copy, and never shares what the drive writes for the parent.
 _ANONYMOUS = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
-_RESERVED = _ANONYMOUS | _MAP_NORESERVE
 
 
-def _anonymous_memory(nbytes: int) -> mmap.mmap | memoryview:
+def _anonymous_memory(nbytes: int, flags: int = 0) -> mmap.mmap | memoryview:
     """Whole pages, and in large memory transparent huge pages where the system has some free.
 
     An NVMe command takes only so many runs of pages (max_segments in sysfs, about 127). In single
     pages, commands of max_transfer bytes fail on many drives; in huge pages they are a few runs.
     """
     if nbytes < _HUGE_ENOUGH:
-        return mmap.mmap(-1, nbytes, flags=_ANONYMOUS)
+        return mmap.mmap(-1, nbytes, flags=_ANONYMOUS | flags)
     whole = -(-nbytes // _HUGE_PAGE) * _HUGE_PAGE
-    mapping = mmap.mmap(-1, whole + _HUGE_PAGE, flags=_ANONYMOUS)
+    mapping = mmap.mmap(-1, whole + _HUGE_PAGE, flags=_ANONYMOUS | flags)
     # Advice, which a kernel without huge pages refuses.
     with contextlib.suppress(OSError):
         mapping.madvise(mmap.MADV_HUGEPAGE)
