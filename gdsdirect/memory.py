@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import stat
+from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
@@ -25,6 +26,7 @@ _HUGE_ENOUGH = 512 << 10  # smaller memory fits a command's segments in single p
 
 _MAP_HUGETLB = 0x40000  # asm-generic/mman.h; Python's mmap module names it from 3.13 on
 _MAP_NORESERVE = 0x4000
+_MAP_32BIT = 0x40  # of x86-64, the only one that has aliases
 
 # Places in the address space that are tried for a buffer, and how far they are apart, in bytes.
 _PLACES = 16
@@ -55,6 +57,18 @@ class GpuMappedBuffer(Memory):
 
     __slots__ = ("__weakref__", "_kind")
     _kind: MemoryKind
+
+    @classmethod
+    def _map(cls, kind: MemoryKind, mapped: Callable[[int], Buffer]) -> Self:
+        """What `mapped(flags)` maps; below 4 GiB if something else is at its aliases elsewhere.
+
+        There an address is its own alias: see csrc/alias.h.
+        """
+        buffer = cls._make(kind, mapped(0))
+        if buffer._exposed:
+            with contextlib.suppress(OSError):  # there is no room for two, or none there
+                buffer = cls._make(kind, mapped(_MAP_32BIT))
+        return buffer
 
     @classmethod
     def _make(cls, kind: MemoryKind, owner: object, *, address: int = 0, nbytes: int = 0) -> Self:
@@ -100,10 +114,12 @@ class GpuMappedBuffer(Memory):
         if stat.S_ISREG(status.st_mode) and status.st_dev != os.stat("/sys").st_dev:
             raise ValueError(f"{name} is a regular file, whose pages are RAM, not PCI peer memory")
         try:
-            mapping = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, offset=offset)
+            return cls._map(
+                MemoryKind.BAR1_PEER,
+                lambda flags: mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED | flags, offset=offset),
+            )
         except OSError as error:
             raise _mapping_error(error, name, nbytes) from None
-        return cls._make(MemoryKind.BAR1_PEER, mapping)
 
     @classmethod
     def from_bar1_peer_address(cls, address: int, nbytes: int, owner: object) -> Self:
@@ -133,8 +149,12 @@ class GpuMappedBuffer(Memory):
             return cls._elsewhere(buffer) if buffer._exposed else buffer
         size = Sysfs().huge_page_size()
         pages = -(-nbytes // size)
+        flags = _ANONYMOUS | _MAP_HUGETLB
         try:
-            mapping = mmap.mmap(-1, pages * size, flags=_ANONYMOUS | _MAP_HUGETLB)
+            return cls._map(
+                MemoryKind.HOST_VISIBLE,
+                lambda low: memoryview(mmap.mmap(-1, pages * size, flags=flags | low))[:nbytes],
+            )
         except OSError as error:
             text = (
                 f"{os.strerror(error.errno or 0)}: {pages} huge pages of {size} bytes are not "
@@ -142,7 +162,6 @@ class GpuMappedBuffer(Memory):
                 "hugepages out"
             )
             raise OSError(error.errno, text) from None
-        return cls._make(MemoryKind.HOST_VISIBLE, memoryview(mapping)[:nbytes])
 
     @classmethod
     def _elsewhere(cls, exposed: Self) -> Self:

@@ -27,6 +27,9 @@ from gdsdirect import (
     encode_nvme_read_sqe,
 )
 
+# Below 4 GiB, where an address is its own alias (csrc/alias.h), also in a process that has much there.
+MAP_32BIT = 0x40
+
 KIB = 1 << 10
 MIB = 1 << 20
 FOLDER = Path(

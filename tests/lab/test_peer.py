@@ -63,7 +63,7 @@ def test_a_destination_is_a_multiple_of_4(data: Namespace, peer: GpuMappedBuffer
 
 def test_memory_that_somebody_else_mapped(peer_source: str, small: Namespace) -> None:
     fd = os.open(peer_source, os.O_RDWR)
-    mapping = mmap.mmap(fd, 64 * KIB)
+    mapping = mmap.mmap(fd, 64 * KIB, flags=mmap.MAP_SHARED | guest.MAP_32BIT)
     os.close(fd)
     with memoryview(mapping) as view:
         address = GpuMappedBuffer.from_object(view).address

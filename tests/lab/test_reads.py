@@ -118,7 +118,8 @@ def test_max_transfer(serial: str, nbytes: int, open_namespace: Open) -> None:
 @pytest.fixture
 def scattered() -> Iterator[GpuMappedBuffer]:
     """Pages that are neighbours by their addresses alone: they were given out in turns."""
-    mapping = mmap.mmap(-1, 2 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | guest.MAP_32BIT
+    mapping = mmap.mmap(-1, 2 * MIB, flags=flags)
     mapping.madvise(mmap.MADV_NOHUGEPAGE)
     for first in range(8):
         for page in range(first, 512, 8):
