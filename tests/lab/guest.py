@@ -27,7 +27,7 @@ from gdsdirect import (
     encode_nvme_read_sqe,
 )
 
-# Below 4 GiB, where an address is its own alias (csrc/alias.h), also in a process that has much there.
+# Below 4 GiB, where an address is its own alias (csrc/alias.h), also where much else is below it.
 MAP_32BIT = 0x40
 
 KIB = 1 << 10
