@@ -34,7 +34,7 @@ _PAGE = 4096  # the smallest run that memory comes in
 # whatever pages the memory is in, because it needs only 33 of a queue's segments.
 _SAFE_TRANSFER = 128 << 10
 
-_UDEV_RULE = 'SUBSYSTEM=="nvme-generic", GROUP="disk", MODE="0640"'
+UDEV_RULE = 'SUBSYSTEM=="nvme-generic", GROUP="disk", MODE="0640"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -447,7 +447,7 @@ def _access_error(error: OSError, path: str) -> OSError:
         remedy = (
             f"reading it needs read permission on the node{_whose(path)}: run `ls -lL {path}`, "
             "join the group that it shows, or give the node one by a udev rule "
-            f"({_UDEV_RULE}); in a container, pass the device in with read access"
+            f"({UDEV_RULE}); in a container, pass the device in with read access"
         )
     else:
         return call_error(error.errno or 0, "open", path)

@@ -359,6 +359,20 @@ def test_a_laptop(tmp_path: Path) -> None:
     assert replay(tmp_path).exit_code == 2
 
 
+def test_remedies_can_be_copied_into_a_shell(tmp_path: Path) -> None:
+    host = hosts.FakeHost(tmp_path, "6.12.1", p2pdma=False)
+    host.write("proc/self/status", "Gid:\t0\t7;reboot\t0\t0\nCapEff:\t0000000000000000\n")
+    path = "/data/two words; reboot"
+    host.answers[f"stat {path}"] = {"errno": 0, "kind": "file", "size": 9, "real": path}
+    for number, remedy in (
+        (errno.EACCES, f"chgrp $(id -g) '{path}' && chmod g+r '{path}'"),
+        (errno.EPERM, f"docker run --device '{path}'"),
+    ):
+        host.answers[f"open {path} r"] = {"errno": number}
+        one = verdict(replay(host.done(), path), path, DataPath.BUFFERED)
+        assert (one.closed_by, one.remedy) == (("path.open",), remedy)
+
+
 def test_a_recording_without_answers_closes_nothing(tmp_path: Path) -> None:
     """Only files, such as somebody copied by hand."""
     root = hosts.h100_in_p2pdma_mode(tmp_path)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 from dataclasses import dataclass
 
 from gdsdirect.check import Check, Evidence, Status
 from gdsdirect.checks.kernel import is_admin, status_line, version
 from gdsdirect.host import Host
+from gdsdirect.namespace import UDEV_RULE
 from gdsdirect.sysfs import Device, NvmeNamespaceNodes
 
 _NO_CAPABILITY_NEEDED = (6, 2)  # Linux version from which the node's mode decides over passthrough
@@ -118,9 +120,9 @@ def node(host: Host, drive: Drive) -> Check:
     text = os.strerror(number) if number else "ok"
     seen: tuple[Evidence, ...] = (Evidence(f"open({path}, O_RDONLY)", text),)
     if number in (errno.EACCES, errno.EPERM):
-        seen += (node_mode(host, path),)
-        why = f"this user may not read {path}; to keep it so, give it a udev rule"
-        return Check(name, Status.MISSING, why, seen, grant(host, path, "r"), path)
+        mode, why, remedy = refusal(host, path, number, "r")
+        why += f"; what mends it lasts until the next boot, and longer by a udev rule: {UDEV_RULE}"
+        return Check(name, Status.MISSING, why, (*seen, mode), remedy, path)
     if number == errno.ENOENT:
         why = f"the kernel has the namespace, but there is no {path} here: pass it in"
         return Check(name, Status.MISSING, why, seen, f"docker run --device {path}", path)
@@ -136,15 +138,18 @@ def node(host: Host, drive: Drive) -> Check:
     return Check(name, Status.OK, f"this user may read {path}", seen, None, path)
 
 
-def node_mode(host: Host, path: str) -> Evidence:
+def refusal(host: Host, path: str, number: int, right: str) -> tuple[Evidence, str, str]:
+    """Why a file can't be opened for `right` ("r" or "rw"): its mode, the cause and the remedy."""
     info = host.stat(path)
-    return Evidence(f"stat({path})", f"mode {info.mode:04o}, uid {info.uid}, gid {info.gid}")
-
-
-def grant(host: Host, path: str, right: str) -> str:
-    """The command that lets this user's own group use a node, and nobody else."""
-    group = status_line(host, "Gid").split()[2:3]  # real, effective, saved, file system
-    return f"chgrp {group[0] if group else '$(id -g)'} {path} && chmod g+{right} {path}"
+    mode = Evidence(f"stat({path})", f"mode {info.mode:04o}, uid {info.uid}, gid {info.gid}")
+    quoted = shlex.quote(path)
+    if number == errno.EPERM:  # where the mode refuses, it is EACCES
+        why = "a container's rules for devices, or a security module, refuse it"
+        return mode, why, f"docker run --device {quoted}"
+    # This user's own group, and nobody else, gets the right.
+    group = re.fullmatch(r"Gid:\s+\d+\s+(\d+)\s.*", status_line(host, "Gid"), re.ASCII)
+    remedy = f"chgrp {group[1] if group else '$(id -g)'} {quoted} && chmod g+{right} {quoted}"
+    return mode, f"this user may not {'map' if 'w' in right else 'read'} it", remedy
 
 
 def block_format(host: Host, drive: Drive) -> Check:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gdsdirect.check import Check, Evidence, Status
-from gdsdirect.checks.nvme import Drive, drive_at, grant, node_mode
+from gdsdirect.checks.nvme import Drive, drive_at, refusal
 from gdsdirect.host import Host, Stat, numbers
 from gdsdirect.sysfs import Device
 
@@ -300,9 +300,8 @@ def _open(host: Host, path: str) -> Check:
     if number == 0:
         return Check(name, Status.OK, "this user may read it", seen, None, path)
     if number in (errno.EACCES, errno.EPERM):
-        seen += (node_mode(host, path),)
-        why = "this user may not read it"
-        return Check(name, Status.MISSING, why, seen, grant(host, path, "r"), path)
+        mode, why, remedy = refusal(host, path, number, "r")
+        return Check(name, Status.MISSING, why, (*seen, mode), remedy, path)
     return Check(name, Status.MISSING, f"it can't be opened: {text}", seen, None, path)
 
 

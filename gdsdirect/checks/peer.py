@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from gdsdirect.check import Check, Evidence, Status
-from gdsdirect.checks.nvme import Drive, grant, node_mode
+from gdsdirect.checks.nvme import Drive, refusal
 from gdsdirect.host import Host
 from gdsdirect.sysfs import PciDevice
 
@@ -99,9 +99,8 @@ def memory(host: Host, provider: Provider) -> Check:
     if number:
         seen += (Evidence(f"open({path}, O_RDWR)", os.strerror(number)),)
         if number in (errno.EACCES, errno.EPERM):
-            seen += (node_mode(host, path),)
-            why = "this user may not map it"
-            return Check(name, Status.MISSING, why, seen, grant(host, path, "rw"), subject)
+            mode, why, remedy = refusal(host, path, number, "rw")
+            return Check(name, Status.MISSING, why, (*seen, mode), remedy, subject)
         why = "it can't be mapped by programs: that needs Linux 6.2"
         return Check(name, Status.MISSING, why, seen, "boot Linux 6.2 or later", subject)
     why = f"{provider.available} of {provider.size} bytes are free"
