@@ -8,6 +8,7 @@ the addresses of each read into peer memory lie in the peer's BAR, and those of 
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -291,43 +292,65 @@ def test_a_report(
 # ---- The real thing
 
 
+# QEMU's drives can leave commands unanswered (seen with 7.2 in one boot of some thirty, as if a doorbell
+# had been missed). The kernel says so after 30 s; only then is it tried again, once.
+_UNANSWERED = re.compile(r"nvme nvme\d+: I/O .*timeout")
+
+
+def unanswered(result: lab.Result) -> list[str]:
+    """What the kernel said of commands that an emulated drive didn't answer."""
+    return [line for line in result.kernel_log.splitlines() if _UNANSWERED.search(line)]
+
+
 @pytest.mark.lab
 @needs_lab("mkfs.ext4")
 @pytest.mark.parametrize("kernel", list(KERNELS))
 def test_in_the_lab(kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drives = make_drives(tmp_path)
-    victims = make_victims(tmp_path)
+    monkeypatch.chdir(HERE.parent)  # seen in the guest, as pytest's own folders are not
+    folder = tmp_path / "first"
+    result = run_inside(kernel, folder)
+    if result.status != 0 and (lines := unanswered(result)):
+        print("Once more, since an emulated drive did not answer:", *lines, sep="\n")
+        folder = tmp_path / "second"
+        result = run_inside(kernel, folder)
+    assert result.status == 0
+    assert result.kernel_problems == ()
+    check_tests(Report.load(folder / "report.xml"), KERNELS[kernel]["peer_memory"])
+    notes = [json.loads(line) for line in (folder / "notes").read_text().splitlines()]
+    check_trace(result.trace, notes)
+    peer_reads = [note for note in notes if note.get("target") == "peer"]
+    assert bool(peer_reads) == KERNELS[kernel]["peer_memory"]
+
+
+def run_inside(kernel: str, folder: Path) -> lab.Result:
+    """All of tests/lab, in a machine of its own; what it writes goes to `folder`."""
+    folder.mkdir()
+    drives = make_drives(folder)
+    victims = make_victims(folder)
     told = {
         "drives": [describe(drive) for drive in drives],
         "victims": [describe(drive) for drive in victims],
         "expected": KERNELS[kernel],
     }
-    (tmp_path / "machine.json").write_text(json.dumps(told))
-    monkeypatch.chdir(HERE.parent)  # seen in the guest, as pytest's own folders are not
+    (folder / "machine.json").write_text(json.dumps(told))
     result = lab.run(
         [
             *(sys.executable, "-P", "-m", "pytest", str(HERE / "lab"), f"--confcutdir={HERE}/lab"),
             *("-o", "addopts=", "-o", "timeout=60", "-p", "pytest_timeout"),
             *("-p", "no:cacheprovider", "--strict-markers", "--durations=10"),
-            f"--junitxml={tmp_path}/report.xml",
+            f"--junitxml={folder}/report.xml",
         ],
         kernel=kernel,
         drives=[*drives, *victims],
-        share=tmp_path,
+        share=folder,
         append="nvme.poll_queues=1",
         timeout=240,
         env={
             **os.environ,
-            "GDSDIRECT_LAB": str(tmp_path),
+            "GDSDIRECT_LAB": str(folder),
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             "PYTEST_ADDOPTS": "",
         },
     )
     print(result.output)
-    assert result.status == 0
-    assert result.kernel_problems == ()
-    check_tests(Report.load(tmp_path / "report.xml"), KERNELS[kernel]["peer_memory"])
-    notes = [json.loads(line) for line in (tmp_path / "notes").read_text().splitlines()]
-    check_trace(result.trace, notes)
-    peer_reads = [note for note in notes if note.get("target") == "peer"]
-    assert bool(peer_reads) == KERNELS[kernel]["peer_memory"]
+    return result
