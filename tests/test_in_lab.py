@@ -292,8 +292,8 @@ def test_a_report(
 # ---- The real thing
 
 
-# QEMU's drives can leave commands unanswered (seen with 7.2 in one boot of some thirty, as if a doorbell
-# had been missed). The kernel says so after 30 s; only then is it tried again, once.
+# QEMU's drives can leave commands unanswered (seen with 7.2 in one boot of some thirty, as if a
+# doorbell had been missed). The kernel says so after 30 s; only then is it tried again, once.
 _UNANSWERED = re.compile(r"nvme nvme\d+: I/O .*timeout")
 
 
