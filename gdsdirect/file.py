@@ -79,19 +79,28 @@ class File:
         return DataPath.FILE_FIXED if stream.registered else DataPath.FILE_DIRECT
 
     def read_into(
-        self, stream: AsyncUringStream, *, offset: int, nbytes: int, target_offset: int = 0
+        self,
+        stream: AsyncUringStream,
+        *,
+        offset: int,
+        nbytes: int,
+        target_offset: int = 0,
+        timeout: float | None = None,
     ) -> int:
         """Read `nbytes` from `offset` into the stream's buffer at `target_offset`, and wait.
 
         Returns the bytes read: fewer than `nbytes` only where the file ends. The stream must have
-        nothing else in flight. Raises the first error of any of the reads, once all are done.
+        nothing else in flight. Raises the first error of any of the reads, once all are done, and
+        TimeoutError if they are not within `timeout` seconds.
         """
         nbytes = min(nbytes, self.size - offset)
         if self._namespace is not None:
             count = self._submit_commands(self._namespace, stream, offset, nbytes, target_offset)
         else:
             count = self._submit_reads(stream, offset, nbytes, target_offset)
-        done = sorted(stream.wait(count), key=lambda completion: completion.user_data)
+        done = sorted(stream.wait(count, timeout), key=lambda completion: completion.user_data)
+        if len(done) < count:
+            raise TimeoutError(f"{self.path}: the read did not come back in {timeout:g} s")
         # All but the last must be whole; the last may be asked beyond the end, up to its alignment.
         whole = sum(completion.result() for completion in done[:-1])
         for last in done[-1:]:

@@ -20,6 +20,10 @@ from gdsdirect.errors import ring_module
 from gdsdirect.sysfs import Sysfs
 
 ANSWERS = "answers.json"
+
+UNREADABLE = "cannot be read"
+"""What evidence says of a file that is missing or refused."""
+
 _ANSWERS_LIMIT = 1 << 24  # bytes
 _MOST = (1 << 63) - 1  # of a size
 _MOST_ERRNO = 4095  # MAX_ERRNO, linux/err.h
@@ -71,7 +75,7 @@ class Host:
         """A small file's text, for a check to show."""
         path = os.path.join("/", *parts)
         text = self.sysfs.read(path)
-        return Evidence(path, "cannot be read" if text is None else text)
+        return Evidence(path, UNREADABLE if text is None else text)
 
     def ask(self, question: str, call: Callable[[], Any]) -> Any:
         """What `call` answers, a JSON value; {"errno": ...} where it fails with an OSError."""

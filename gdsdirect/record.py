@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gdsdirect.checks.nvidia import parse_cufile_json
+from gdsdirect.checks.paths import parse_mounts
 from gdsdirect.host import ANSWERS, Host
 from gdsdirect.sysfs import Sysfs, find_extended_capability
 
@@ -152,18 +153,14 @@ class _Scrubber:
     def _mounts(self, content: bytes) -> bytes:
         """The mounts of what was asked about, without sources on other hosts."""
         kept = []
-        for line in content.decode("utf-8", "replace").splitlines():
-            before, _, after = line.partition(" - ")
-            fields, rest = before.split(" "), after.split(" ")
-            if len(fields) < 6 or len(rest) < 3:
+        for mount in parse_mounts(content):
+            if not any(map(mount.holds, self._places)):
                 continue
-            point = fields[4].rstrip("/") + "/"
-            if not any((place + "/").startswith(point) for place in self._places):
-                continue
-            kind, source, options = rest[0], rest[1], rest[2].split(",")
+            before, _, after = mount.line.partition(" - ")
+            kind, source, listed = after.split(" ")[:3]
             if ":" in source or source.startswith("//"):
                 source = "host:/"
-            options = [one for one in options if one.partition("=")[0] in _MOUNT_OPTIONS]
+            options = [o for o in listed.split(",") if o.partition("=")[0] in _MOUNT_OPTIONS]
             kept.append(f"{before} - {kind} {source} {','.join(options) or 'rw'}\n")
         return "".join(kept).encode()
 

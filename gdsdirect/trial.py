@@ -11,13 +11,10 @@ import contextlib
 import mmap
 import os
 import stat
-from array import array
 from typing import Any
 
-from gdsdirect._nvme_sqe import encode_nvme_read_sqes
 from gdsdirect.file import File
 from gdsdirect.memory import GpuMappedBuffer
-from gdsdirect.namespace import Namespace
 from gdsdirect.stream import AsyncUringStream, DataPath
 
 _MOST = 16 << 10  # bytes of a trial: some pages, and little enough to be done while others work
@@ -74,8 +71,8 @@ def _plainly(path: str, plain_path: str | None) -> tuple[bytes, str]:
         except OSError as error:
             text = f"nothing to compare with, since {what} fails: {error.strerror}"
             raise OSError(error.errno, text) from None
-    with Namespace(path) as namespace:
-        nbytes = _whole_blocks(namespace)
+    with File(path) as namespace:
+        nbytes = min(_MOST, namespace.size)
     text = "another passthrough read, into host memory, since there is no block device to read"
     return _by(DataPath.NVME_PASSTHROUGH, path, nbytes, None, bytes(nbytes)), text
 
@@ -100,42 +97,12 @@ def _by(way: DataPath, path: str, nbytes: int, allocate: str | None, filling: by
             if allocate is None
             else GpuMappedBuffer.from_bar1_peer(allocate, _MOST)
         )
-        register = way is DataPath.FILE_FIXED
-        stream = stack.enter_context(AsyncUringStream(buffer, depth=8, register=register))
+        registered = way is DataPath.FILE_FIXED
+        stream = stack.enter_context(AsyncUringStream(buffer, depth=8, register=registered))
         with buffer.view() as view:
             view[:nbytes] = filling
-            if way is DataPath.NVME_PASSTHROUGH:
-                namespace = stack.enter_context(Namespace(path))
-                _submit(stream, namespace, buffer.address, nbytes)
-            else:
-                direct = way is not DataPath.BUFFERED
-                file = stack.enter_context(File(path, direct=direct))
-                if file.way(stream) is not way:
-                    raise ValueError(f"the way would be {file.way(stream).name}, since {file.why}")
-                submit = stream.submit_read_fixed if register else stream.submit_read
-                submit(file, 0, _MOST, 0)
-            done = stream.wait(stream.inflight, timeout=_PATIENCE)
-            if not done or stream.inflight:
-                raise TimeoutError(f"the read did not come back in {_PATIENCE:g} s")
-            for completion in done:
-                # A file can be shorter than the read; the bytes are compared all the same.
-                if not completion.ok and completion.nbytes < nbytes:
-                    completion.result()
+            file = stack.enter_context(File(path, direct=way is not DataPath.BUFFERED))
+            if file.way(stream) is not way:
+                raise ValueError(f"the way would be {file.way(stream).name}, since {file.why}")
+            file.read_into(stream, offset=0, nbytes=nbytes, timeout=_PATIENCE)
             return bytes(view[:nbytes])
-
-
-def _whole_blocks(namespace: Namespace) -> int:
-    lba_size = namespace.lba_size
-    return min(max(_MOST // lba_size, 1), namespace.capacity) * lba_size
-
-
-def _submit(stream: AsyncUringStream, namespace: Namespace, address: int, nbytes: int) -> None:
-    size = min(namespace.safe_transfer, nbytes)
-    starts = range(0, nbytes - nbytes % namespace.lba_size, size)
-    commands = encode_nvme_read_sqes(
-        namespace.nsid,
-        array("Q", [start // namespace.lba_size for start in starts]),
-        array("I", [min(size, nbytes - start) // namespace.lba_size for start in starts]),
-        array("Q", [address + start for start in starts]),
-    )
-    stream.submit_nvme_passthrough(namespace, commands)

@@ -18,12 +18,16 @@ def checks(host: Host) -> list[Check]:
 
 def in_container(host: Host) -> bool:
     """Whether this is a container."""
-    return any(host.sysfs.exists(mark) for mark in _CONTAINER_MARKS)
+    return bool(_marks(host))
+
+
+def _marks(host: Host) -> list[str]:
+    return [mark for mark in _CONTAINER_MARKS if host.sysfs.exists(mark)]
 
 
 def _container(host: Host) -> Check:
     name = "environment.container"
-    marks = [mark for mark in _CONTAINER_MARKS if host.sysfs.exists(mark)]
+    marks = _marks(host)
     if not marks:
         seen = Evidence(" ".join(_CONTAINER_MARKS), "none is there")
         return Check(name, Status.NOT_APPLICABLE, "no mark of a container", (seen,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from dataclasses import dataclass
 
 from gdsdirect.check import Check, Evidence, Status
 from gdsdirect.errors import PROFILE
@@ -120,15 +121,15 @@ def _why_refused(host: Host, number: int, disabled: str, seccomp: str) -> tuple[
     return f"the kernel refuses it: {os.strerror(number)}", "see the kernel log"
 
 
+@dataclass(frozen=True, slots=True)
 class _Feature:
-    """One thing that rings can do, by its name in csrc/ask.c."""
+    """One thing that rings can do: `key` in csrc/ask.c, and its check, of `status` if refused."""
 
-    def __init__(self, name: str, key: str, what: str, status: Status, remedy: str) -> None:
-        self.name = name
-        self.key = key
-        self.what = what
-        self.status = status
-        self.remedy = remedy
+    name: str
+    key: str
+    what: str
+    status: Status
+    remedy: str
 
 
 _FEATURES = (

@@ -16,9 +16,9 @@ from typing import Any
 from gdsdirect.check import Check, Evidence, Status
 from gdsdirect.checks.environment import in_container
 from gdsdirect.checks.kernel import version
-from gdsdirect.checks.nvme import link
+from gdsdirect.checks.nvme import MULTIPATH_OFF, link
 from gdsdirect.checks.peer import is_gpu
-from gdsdirect.host import Host, texts
+from gdsdirect.host import UNREADABLE, Host, texts
 from gdsdirect.nvidia_fs import (
     parse_nvidia_fs_modules,
     parse_nvidia_fs_stats,
@@ -92,7 +92,7 @@ def find_nvidia(host: Host) -> Nvidia:
     gpus = _gpus(host)
     driver = host.look("proc/driver/nvidia/version")
     found = [_driver(host, driver, gpus)]
-    if not gpus and driver.text == _UNREADABLE:
+    if not gpus and driver.text == UNREADABLE:
         return Nvidia((*found, Check("nvidia.gpu", Status.MISSING, "no GPU of NVIDIA's is here")))
     found += [_gpu(host, address) for address in gpus] or [
         Check("nvidia.gpu", Status.MISSING, "there is a driver, and no GPU that this process sees")
@@ -101,9 +101,6 @@ def find_nvidia(host: Host) -> Nvidia:
     found += [_static_bar1(host), *(_pages(host, address) for address in gpus)]
     found += [_kernel(host), _multipath(host), *_nvidia_fs(host), _peermem(host)]
     return Nvidia((*found, _libcufile(host), _cufile_json(host), _udev(host)))
-
-
-_UNREADABLE = "cannot be read"
 
 
 def _gpus(host: Host) -> tuple[str, ...]:
@@ -123,7 +120,7 @@ def driver_version(text: str) -> int | None:
 
 def _driver(host: Host, seen: Evidence, gpus: tuple[str, ...]) -> Check:
     name = "nvidia.driver"
-    if seen.text == _UNREADABLE:
+    if seen.text == UNREADABLE:
         remedy = "apt-get install nvidia-open" if gpus else None
         return Check(name, Status.MISSING, "NVIDIA's driver is not loaded", (seen,), remedy)
     number = driver_version(seen.text + " ")
@@ -137,7 +134,7 @@ def _gpu(host: Host, address: str) -> Check:
     bar1 = lines[1] if len(lines) > 1 else ""
     size = _resource_size(bar1)
     device = host.look(directory, "device")
-    seen = (device, Evidence(f"{directory}/resource, second line (BAR1)", bar1 or _UNREADABLE))
+    seen = (device, Evidence(f"{directory}/resource, second line (BAR1)", bar1 or UNREADABLE))
     why = f"GPU {device.text}" + (f", BAR1 of {size >> 20} MiB" if size else ", BAR1 unknown")
     return Check("nvidia.gpu", Status.OK, why, seen, None, address)
 
@@ -218,8 +215,7 @@ def _multipath(host: Host) -> Check:
     if seen.text != "Y":
         return Check(name, Status.OK, "NVMe multipath is off", (seen,))
     why = "NVMe multipath is on, which cuFile's P2PDMA mode doesn't take"
-    remedy = "echo 'options nvme_core multipath=N' > /etc/modprobe.d/nvme_core.conf, then reboot"
-    return Check(name, Status.MISSING, why, (seen,), remedy)
+    return Check(name, Status.MISSING, why, (seen,), MULTIPATH_OFF)
 
 
 # ---- nvidia-fs
@@ -228,7 +224,7 @@ def _multipath(host: Host) -> Check:
 def _nvidia_fs(host: Host) -> list[Check]:
     name = "nvidia.nvidia_fs"
     version_file = host.look(_NVIDIA_FS, "version")
-    if version_file.text == _UNREADABLE:
+    if version_file.text == UNREADABLE:
         why = "the module nvidia-fs is not loaded; cuFile's P2PDMA mode needs none"
         return [Check(name, Status.MISSING, why, (version_file,), "modprobe nvidia_fs")]
     stats_file = host.look(_NVIDIA_FS, "stats")
@@ -255,7 +251,7 @@ def _nvidia_fs_drivers(host: Host) -> Check:
     name = "nvidia.nvidia_fs_nvme"
     seen = host.look(_NVIDIA_FS, "modules")
     # wekafsio is always listed, whether it is there or not, and versions mean nothing.
-    modules = parse_nvidia_fs_modules("" if seen.text == _UNREADABLE else seen.text)
+    modules = parse_nvidia_fs_modules("" if seen.text == UNREADABLE else seen.text)
     if "nvme" in modules:
         return Check(name, Status.OK, f"it serves {', '.join(modules)}", (seen,))
     why = (
@@ -353,7 +349,7 @@ def _cufile_json(host: Host) -> Check:
         seen: tuple[Evidence, ...] = (Evidence(path, (text or "")[:200]),)
         return Check(name, Status.MISSING, "it is not JSON", seen, f"mend {path}")
     variable = host.environment(_P2PDMA_VARIABLE)
-    seen = (Evidence(path, _UNREADABLE if text is None else json.dumps(settings)),)
+    seen = (Evidence(path, UNREADABLE if text is None else json.dumps(settings)),)
     if variable:
         seen += (Evidence(f"environment, {_P2PDMA_VARIABLE}", variable),)
         settings["properties.use_pci_p2pdma"] = variable.lower() in ("1", "true", "yes")

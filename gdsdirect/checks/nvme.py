@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 from gdsdirect.check import Check, Evidence, Status
 from gdsdirect.checks.kernel import is_admin, status_line, version
-from gdsdirect.host import Host
+from gdsdirect.host import UNREADABLE, Host
 from gdsdirect.namespace import UDEV_RULE
 from gdsdirect.sysfs import Device, NvmeNamespaceNodes
 
+MULTIPATH_OFF = "echo 'options nvme_core multipath=N' > /etc/modprobe.d/nvme_core.conf, then reboot"
+"""The remedy where NVMe multipath is in the way."""
+
 _NO_CAPABILITY_NEEDED = (6, 2)  # Linux version from which the node's mode decides over passthrough
-_SHARED = "nvme-subsystem"
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +235,7 @@ def link(host: Host, name: str, address: str, subject: str) -> Check:
     seen = (speed, speed_most, width, width_most, numa)
     now, most = (_gigatransfers(one.text) for one in (speed, speed_most))
     lanes, lanes_most = width.number or 0, width_most.number or 0
-    where = "" if numa.text in ("-1", "cannot be read") else f", NUMA node {numa.text}"
+    where = "" if numa.text in ("-1", UNREADABLE) else f", NUMA node {numa.text}"
     if not now or not lanes:
         return Check(
             name, Status.NOT_APPLICABLE, f"its link is not told{where}", seen, None, subject
@@ -275,8 +277,5 @@ def _multipath(host: Host, drives: tuple[Drive, ...]) -> Check:
         return Check(name, Status.WARN, why, (seen,))
     if seen.text == "Y":
         why = "on, without a second path: only cuFile's P2PDMA mode minds"
-        remedy = (
-            "echo 'options nvme_core multipath=N' > /etc/modprobe.d/nvme_core.conf, then reboot"
-        )
-        return Check(name, Status.OK, why, (seen,), remedy)
+        return Check(name, Status.OK, why, (seen,), MULTIPATH_OFF)
     return Check(name, Status.OK, "off", (seen,))

@@ -53,6 +53,10 @@ class Mount:
     options: str
     line: str
 
+    def holds(self, path: str) -> bool:
+        """Whether a path without links is below the mount point."""
+        return (path + "/").startswith(self.point.rstrip("/") + "/")
+
     def option(self, name: str) -> str:
         """The value of an option "name=value", or nothing."""
         found = [o for o in self.options.split(",") if o.startswith(f"{name}=")]
@@ -208,21 +212,16 @@ def _file(host: Host, path: str, info: Stat) -> PathFacts:
 def find_mount(host: Host, path: str) -> Mount | None:
     """The mount that a path without links is on: the last one of those nearest to it."""
     found = None
-    for mount in mounts(host):
-        point = mount.point.rstrip("/") + "/"
-        nearer = found is None or len(mount.point) >= len(found.point)
-        if (path + "/").startswith(point) and nearer:
+    for mount in parse_mounts(host.sysfs.read_bytes("/proc/self/mountinfo", 1 << 22) or b""):
+        if mount.holds(path) and (found is None or len(mount.point) >= len(found.point)):
             found = mount
     return found
 
 
-def mounts(host: Host) -> list[Mount]:
-    """All mounts of this process."""
-    text = (host.sysfs.read_bytes("/proc/self/mountinfo", 1 << 22) or b"").decode(
-        "utf-8", "replace"
-    )
+def parse_mounts(mountinfo: bytes) -> list[Mount]:
+    """The mounts that /proc/self/mountinfo tells of."""
     found = []
-    for line in text.splitlines():
+    for line in mountinfo.decode("utf-8", "replace").splitlines():
         # 36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue
         first, _, second = line.partition(" - ")
         before, after = first.split(" "), second.split(" ")

@@ -110,14 +110,9 @@ def memory(host: Host, provider: Provider) -> Check:
 # ---- From drive to provider
 
 
-def pair(address: str, provider: str) -> str:
-    """What a check of a drive and a provider has for its subject."""
-    return f"{address} to {provider}"
-
-
 def route(host: Host, address: str, provider: Provider) -> Check:
     """Whether the drive's writes can reach the provider: what the kernel's p2pdma.c looks at."""
-    name, subject = "peer.route", pair(address, provider.address)
+    name, subject = "peer.route", f"{address} to {provider.address}"
     if address == provider.address:
         return Check(name, Status.OK, "the drive's own memory", subject=subject)
     drive, other = (host.sysfs.pci_device(one) for one in (address, provider.address))
