@@ -914,6 +914,8 @@ static PyMethodDef module_methods[] = {
      "nvme_identify(fd, cns, nsid) -> bytes: the Identify command's 4096 bytes."},
     {"ask_io_uring", gdsdirect_ask_io_uring, METH_NOARGS,
      "ask_io_uring() -> dict: by feature 0, or the errno that the kernel refuses it with."},
+    {"dlpack", gdsdirect_dlpack, METH_VARARGS,
+     "dlpack(memory, offset, code, bits, shape, versioned) -> a DLPack capsule of part of memory."},
     {"direct_alignment", gdsdirect_direct_alignment, METH_VARARGS,
      "direct_alignment(fd) -> (memory, offset): bytes that O_DIRECT wants multiples of; or None."},
     {NULL},

@@ -27,6 +27,7 @@ from gdsdirect.stream import (
     WayStats,
 )
 from gdsdirect.survey import Survey, survey
+from gdsdirect.tensor import Tensor
 
 probe = GpuDirectCapability.probe
 
@@ -55,6 +56,7 @@ __all__ = [
     "StreamStats",
     "Survey",
     "Target",
+    "Tensor",
     "Trial",
     "Unavailable",
     "UnavailableReason",

@@ -12,6 +12,15 @@ class _HasFileno(Protocol):
 def nvme_identify(fd: int, cns: int, nsid: int, /) -> bytes: ...
 def ask_io_uring() -> dict[str, int]: ...
 def direct_alignment(fd: int, /) -> tuple[int, int] | None: ...
+def dlpack(
+    memory: Memory,
+    offset: int,
+    code: int,
+    bits: int,
+    shape: tuple[int, ...],
+    versioned: bool,
+    /,
+) -> object: ...
 
 @disjoint_base
 class Memory:

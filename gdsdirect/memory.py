@@ -7,12 +7,13 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from gdsdirect.errors import ring_type
 from gdsdirect.sysfs import Sysfs
+from gdsdirect.tensor import Tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -204,6 +205,21 @@ class GpuMappedBuffer(Memory):
     def view(self) -> memoryview:
         """A writable memoryview of all bytes. `close()` waits for its release."""
         return memoryview(self)
+
+    def tensor(
+        self, dtype: object, shape: int | Sequence[int] | None = None, *, offset: int = 0
+    ) -> Tensor:
+        """The bytes from `offset` on as an array, which NumPy and torch see without a copy.
+
+        `dtype` is a name ("float32", "bfloat16", …) or NumPy's or torch's own object for it, and
+        `shape` defaults to one dimension to the buffer's end. ValueError where the array would not
+        fit, or not begin at a multiple of its elements' size.
+
+        >>> with GpuMappedBuffer.from_host_visible(4096) as buffer:
+        ...     buffer.tensor("float32", (8, 16), offset=1024)
+        <Tensor float32 (8, 16) at offset 1024>
+        """
+        return Tensor(self, dtype, shape, offset)
 
     def __enter__(self) -> Self:
         return self

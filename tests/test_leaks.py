@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import GetSetDescriptorType
 
+import numpy
 import pytest
 from support import run_python
 
@@ -374,6 +375,24 @@ def _peer_address(world: World) -> None:
     GpuMappedBuffer.from_bar1_peer_address(4096, 10, world.stream)
     fails(ValueError, GpuMappedBuffer.from_bar1_peer_address, 0, 10, None)
     fails(ValueError, GpuMappedBuffer.from_bar1_peer_address, 2**64 - 5, 10, None)
+
+
+@calls("GpuMappedBuffer.tensor", "Tensor", "Tensor.nbytes")
+def _tensor(world: World) -> None:
+    with GpuMappedBuffer.from_host_visible(4096) as buffer:
+        tensor = buffer.tensor("float32", (8, 8), offset=64)
+        assert tensor.nbytes == 256
+        assert tensor.__array_interface__["shape"] == (8, 8)
+        for version in (None, (1, 0)):
+            tensor.__dlpack__(max_version=version)  # nobody takes it
+            numpy.from_dlpack(tensor)
+        numpy.asarray(tensor)
+        fails(BufferError, tensor.__dlpack__, copy=True)
+        fails(ValueError, buffer.tensor, "no such")
+        fails(ValueError, buffer.tensor, "int8", 5000)
+        fails(TypeError, getattr, buffer.tensor("bfloat16"), "__array_interface__")
+        del tensor
+    fails(ValueError, world.closed_buffer.tensor, "int8")
 
 
 @calls("GpuMappedBuffer.view")

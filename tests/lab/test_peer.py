@@ -95,6 +95,19 @@ def test_a_drive_that_shares_no_switch(
         guest.check(peer, DRIVES["data"].contents([(8900, 8)]))
 
 
+def test_arrays_of_peer_memory(data: Namespace, peer: GpuMappedBuffer) -> None:
+    """NumPy sees what the drive wrote there, both ways, and no copy."""
+    import numpy as np
+
+    with AsyncUringStream(peer) as stream:
+        guest.read(stream, data, [(8300, 8)], offset=4096)
+    tensor = peer.tensor("uint32", (16, 64), offset=4096)
+    expected = DRIVES["data"].contents([(8300, 8)])
+    for array in (np.asarray(tensor), np.from_dlpack(tensor)):
+        assert array.ctypes.data == peer.address + 4096
+        assert array.tobytes() == expected
+
+
 # ---- Files
 
 
