@@ -44,7 +44,7 @@ typedef struct {
     PyObject_HEAD
     int fd;
     bool borrowed; /* the descriptor is the caller's of one submission, and not closed here */
-    bool is_direct; /* opened with O_DIRECT */
+    bool is_direct; /* opened with O_DIRECT, and not in memory: see reads_directly in source.c */
     bool is_nvme;
     _Atomic uint32_t users; /* rings that hold it, and SOURCE_CLOSED */
     uint32_t nsid;

@@ -5,7 +5,10 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include "nvme_abi.h"
@@ -65,6 +68,22 @@ source_fileno(Source *self, PyObject *Py_UNUSED(ignored))
 
 /* ---- Lifetime ---------------------------------------------------------------------------- */
 
+/* Whether reads go past the page cache. File systems whose files are in memory have nothing else:
+ * tmpfs takes O_DIRECT all the same from Linux 6.6 on, and copies. Device nodes are on such a file
+ * system too, but their bytes aren't. */
+static bool
+reads_directly(int fd, int flags)
+{
+    struct stat file;
+    struct statfs system;
+    if (!(flags & O_DIRECT)) {
+        return false;
+    }
+    return fstat(fd, &file) < 0 || !S_ISREG(file.st_mode) || fstatfs(fd, &system) < 0 ||
+           (system.f_type != TMPFS_MAGIC && system.f_type != RAMFS_MAGIC &&
+            system.f_type != HUGETLBFS_MAGIC);
+}
+
 static int
 source_set_bounds(Source *self, unsigned int lba_size, unsigned long long max_transfer)
 {
@@ -107,7 +126,7 @@ source_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->capacity = capacity;
     self->metadata_size = metadata_size;
     self->safe_transfer = safe_transfer < UINT32_MAX ? (uint32_t)safe_transfer : UINT32_MAX;
-    self->is_direct = flags & O_DIRECT;
+    self->is_direct = reads_directly(fd, flags);
     if (nsid != 0 && source_set_bounds(self, lba_size, max_transfer) < 0) {
         Py_DECREF(self);
         return NULL;
@@ -127,7 +146,7 @@ gdsdirect_source_borrow(PyTypeObject *type, int fd, PyObject *path)
     if (self != NULL) {
         self->fd = fd;
         self->borrowed = true;
-        self->is_direct = flags & O_DIRECT;
+        self->is_direct = reads_directly(fd, flags);
         self->path = Py_NewRef(path);
     }
     return self;
@@ -174,6 +193,12 @@ source_get_closed(Source *self, void *Py_UNUSED(closure))
 }
 
 static PyObject *
+source_get_direct(Source *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(self->is_direct);
+}
+
+static PyObject *
 source_get_path(Source *self, void *Py_UNUSED(closure))
 {
     return Py_NewRef(self->path);
@@ -193,6 +218,7 @@ source_get_lba_size(Source *self, void *Py_UNUSED(closure))
 
 static PyGetSetDef source_getset[] = {
     {"closed", (getter)source_get_closed, NULL, "Whether close() was called.", NULL},
+    {"direct", (getter)source_get_direct, NULL, "Whether reads go past the page cache.", NULL},
     {"path", (getter)source_get_path, NULL, "What messages call it.", NULL},
     {"nsid", (getter)source_get_nsid, NULL, "Namespace id; 0: not an NVMe namespace.", NULL},
     {"lba_size", (getter)source_get_lba_size, NULL, "Bytes of a block, or 0.", NULL},

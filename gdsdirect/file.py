@@ -47,28 +47,36 @@ class File:
                 f"{self.path} is neither a file nor a device: give an NVMe namespace (/dev/ngXnY), "
                 "a block device or a regular file"
             )
-        fd = self._open(direct)
+        # The ring finds it by this name, and registers the file as long as it is open.
+        self._source = self._open(direct)
         self.alignment = _DIRECT_ALIGNMENT if self.why is None else 1
         try:
-            self.size = os.lseek(fd, 0, os.SEEK_END)
+            self.size = os.lseek(self._source.fileno(), 0, os.SEEK_END)
         except OSError as error:
-            os.close(fd)
+            self._source.close()
             text = f"{error.strerror}: a file without an end can't be read, such as those in /proc"
             raise OSError(error.errno, text, self.path) from None
-        # The ring finds it by this name, and registers the file as long as it is open.
-        self._source: Source = ring_module().Source(fd, self.path)
 
-    def _open(self, direct: bool) -> int:
-        flags = os.O_RDONLY | os.O_CLOEXEC
-        if not direct:
+    def _open(self, direct: bool) -> Source:
+        if direct:
+            try:
+                source = self._open_with(os.O_DIRECT)
+            except OSError as error:
+                self.why = f"its file system takes no O_DIRECT ({error.strerror})"
+            else:
+                if source.direct:
+                    return source
+                source.close()
+                self.why = "its file system keeps files in memory, and copies in spite of O_DIRECT"
+        else:
             self.why = "it was opened with direct=False"
-            return os.open(self.path, flags)
-        try:
-            return os.open(self.path, flags | os.O_DIRECT)
-        except OSError as error:
-            fd = os.open(self.path, flags)  # raises where more than O_DIRECT is in the way
-            self.why = f"its file system takes no O_DIRECT ({error.strerror})"
-            return fd
+        return self._open_with(0)  # raises where more than O_DIRECT is in the way
+
+    def _open_with(self, flag: int) -> Source:
+        ring = ring_module()
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | flag)
+        source: Source = ring.Source(fd, self.path)
+        return source
 
     def way(self, stream: AsyncUringStream) -> DataPath:
         """The way that bytes will go into the stream's buffer."""

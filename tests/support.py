@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +38,9 @@ def run_python(script: str, *arguments: str, timeout: float = 60) -> str:
     )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
+
+
+def file_system(path: Path) -> str:
+    """The name of the file system that `path` is on, as stat(1) has it."""
+    command = ["stat", "--file-system", "--format=%T", str(path)]
+    return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()

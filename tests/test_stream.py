@@ -14,6 +14,7 @@ import select
 import signal
 import struct
 import sys
+import tempfile
 import threading
 import time
 import weakref
@@ -24,7 +25,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import run_python
+from support import file_system, run_python
 
 from gdsdirect import (
     COMPLETION_FORMAT,
@@ -271,6 +272,8 @@ def test_the_way_of_a_direct_file_is_told_apart(
         fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError:
         pytest.skip("the temporary folder's file system takes no O_DIRECT")
+    if file_system(tmp_path) in ("tmpfs", "ramfs"):
+        pytest.skip("the temporary folder is in memory")
     stream.submit_read_fixed(fd, 0, 4096, 0)
     stream.submit_read(fd, 4096, 4096, 4096)
     os.close(fd)
@@ -278,6 +281,31 @@ def test_the_way_of_a_direct_file_is_told_apart(
     assert [done[0].path, done[1].path] == [DataPath.FILE_FIXED, DataPath.FILE_DIRECT]
     with buffer.view() as view:
         assert view[:8192] == path.read_bytes()
+
+
+def test_a_file_in_memory_is_copied_whatever_it_was_opened_with(
+    stream: AsyncUringStream, buffer: GpuMappedBuffer
+) -> None:
+    """tmpfs takes O_DIRECT from Linux 6.6 on. A device node there is another matter."""
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as named:
+        if file_system(Path(named.name)) != "tmpfs":
+            pytest.skip("/dev/shm is no tmpfs")
+        named.write(data := os.urandom(8192))
+        named.flush()
+        with File(named.name) as file:
+            assert file.way(stream) is DataPath.BUFFERED
+            assert "in memory" in str(file.why) or "takes no O_DIRECT" in str(file.why)
+            assert file.read_into(stream, offset=1, nbytes=8191) == 8191
+        with buffer.view() as view:
+            assert view[:8191] == data[1:]
+        try:
+            fd = os.open(named.name, os.O_RDONLY | os.O_DIRECT)
+        except OSError:
+            return  # an older kernel
+        stream.submit_read_fixed(fd, 0, 4096, 0)
+        os.close(fd)
+        (completion,) = stream.wait()
+        assert (completion.result(), completion.path) == (4096, DataPath.BUFFERED)
 
 
 def test_a_short_read_is_not_success(

@@ -161,6 +161,7 @@ def test_a_file_system_without_direct_reads() -> None:
         assert found.paths[0].what == "tmpfs"
         assert verdict(found, str(path), DataPath.BUFFERED).verified
         assert "path.drives" in verdict(found, str(path), FILE_DIRECT, Target.PEER).closed_by
+        assert "path.direct" in verdict(found, str(path), DataPath.FILE_FIXED).closed_by
     finally:
         path.unlink()
 

@@ -320,7 +320,7 @@ def _direct(host: Host, path: str, mount: Mount | None = None) -> Check:
         return Check(name, Status.MISSING, why, seen, remedy, path)
     if mount is not None and mount.kind in _IN_MEMORY:
         why = f"{mount.kind} accepts O_DIRECT, and its files are in memory all the same"
-        return Check(name, Status.WARN, why, seen, None, path)
+        return Check(name, Status.MISSING, why, seen, "use a file system on an NVMe drive", path)
     alignment = host.direct_alignment(path)
     if alignment is None:
         why = "O_DIRECT is accepted; the kernel doesn't tell what it must be aligned to"
