@@ -22,8 +22,6 @@ alias_free(struct aliases *aliases)
     }
 }
 
-#if defined(__x86_64__)
-
 #define HELD 1u
 #define ONE_USER 2u
 #define BELOW_4_GIB (UINT64_C(1) << 32)
@@ -32,11 +30,16 @@ alias_free(struct aliases *aliases)
 #define MAP_FIXED_NOREPLACE 0x100000
 #endif
 
-/* Below 4 GiB an address is its own alias. */
+/* Only on x86-64, and below 4 GiB an address is its own alias. */
 static bool
 has_alias(uintptr_t address, size_t nbytes)
 {
+#if defined(__x86_64__)
     return nbytes > 0 && address + nbytes > BELOW_4_GIB;
+#else
+    (void)address, (void)nbytes;
+    return false;
+#endif
 }
 
 static uint64_t
@@ -171,27 +174,3 @@ alias_is_held(struct aliases *aliases, uintptr_t address, size_t nbytes)
     pthread_mutex_unlock(&aliases->lock);
     return all;
 }
-
-#else
-
-bool
-alias_hold(struct aliases *aliases, uintptr_t address, size_t nbytes)
-{
-    (void)aliases, (void)address, (void)nbytes;
-    return true;
-}
-
-void
-alias_release(struct aliases *aliases, uintptr_t address, size_t nbytes)
-{
-    (void)aliases, (void)address, (void)nbytes;
-}
-
-bool
-alias_is_held(struct aliases *aliases, uintptr_t address, size_t nbytes)
-{
-    (void)aliases, (void)address, (void)nbytes;
-    return true;
-}
-
-#endif

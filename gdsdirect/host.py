@@ -7,11 +7,12 @@ asks the same questions and comes to the same verdicts, on any machine.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,6 +24,9 @@ ANSWERS = "answers.json"
 
 UNREADABLE = "cannot be read"
 """What evidence says of a file that is missing or refused."""
+
+NOT_RECORDED = "it was not recorded"
+"""Why a recording has no answer to what a check asks."""
 
 _ANSWERS_LIMIT = 1 << 24  # bytes
 _MOST = (1 << 63) - 1  # of a size
@@ -126,6 +130,16 @@ class Host:
         return (found["memory"], found["offset"]) if {"memory", "offset"} <= found.keys() else None
 
 
+@contextlib.contextmanager
+def opened(path: str, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """A descriptor of any file, to look at. Not blocking: a FIFO would wait for its other end."""
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def read_answers(folder: str) -> dict[str, Any]:
     """The answers of a recording. ValueError, with what to give instead, for what is none."""
     if not os.path.isdir(folder):
@@ -165,9 +179,8 @@ def _ask_io_uring() -> dict[str, int]:
 
 
 def _try_open(path: str, flags: int) -> dict[str, int]:
-    # Not blocking: a FIFO would wait for its other end.
-    os.close(os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY))
-    return {"errno": 0}
+    with opened(path, flags):
+        return {"errno": 0}
 
 
 def _stat(path: str) -> dict[str, Any]:
@@ -187,11 +200,9 @@ def _stat(path: str) -> dict[str, Any]:
 
 
 def _direct_alignment(path: str) -> dict[str, int]:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
-        found = ring_module().direct_alignment(fd)
+        with opened(path) as fd:
+            found = ring_module().direct_alignment(fd)
     except RuntimeError:
         return {}
-    finally:
-        os.close(fd)
     return {} if found is None else dict(zip(("memory", "offset"), found, strict=True))

@@ -413,7 +413,6 @@ def _registration_error(number: int, buffer: GpuMappedBuffer) -> OSError:
 
 def _filter(sysfs: Sysfs) -> str:
     """Who refuses a system call that the kernel itself would allow."""
-    status = sysfs.read("proc/self/status") or ""
-    seccomp = next((line for line in status.splitlines() if line.startswith("Seccomp:")), None)
+    seccomp = sysfs.line("Seccomp:", "proc/self/status")
     known = f" ({' '.join(seccomp.split())} in /proc/self/status)" if seccomp else ""
     return f"a seccomp filter{known} or security module"

@@ -17,6 +17,9 @@ _MOST_LINKS = 40  # that one path may lead through, as in the kernel (MAXSYMLINK
 _CONFIG_LIMIT = 1 << 22  # bytes; a distribution's kernel configuration has about 300,000
 _SYMBOLS_LIMIT = 1 << 25  # bytes; /proc/kallsyms has about 10 MiB with many modules loaded
 
+# The kernel's peer-to-peer DMA: what it is built with, and what that brings with it.
+_P2PDMA_OPTION, _P2PDMA_SYMBOL = "CONFIG_PCI_P2PDMA", "pci_p2pdma_add_resource"
+
 # Kernel names: nvme_init_ctrl, nvme_alloc_ns and nvme_add_ns_cdev in drivers/nvme/host/core.c. A
 # multipath namespace's hidden paths, nvmeXcYnZ, are not matched.
 _CONTROLLER = re.compile(r"nvme\d+")
@@ -133,6 +136,11 @@ class Sysfs:
         """A small file's text without surrounding blanks, or None if it cannot be read."""
         content = self.read_bytes(os.path.join("/", *parts))
         return None if content is None else content.decode("utf-8", "replace").strip()
+
+    def line(self, start: str, *parts: str) -> str:
+        """The first line of a small file that starts so, or nothing."""
+        lines = (self.read(*parts) or "").splitlines()
+        return next((line for line in lines if line.startswith(start)), "")
 
     def read_int(self, *parts: str) -> int | None:
         """A small file's text as a decimal number, or None if it is none."""
@@ -270,8 +278,8 @@ class Sysfs:
 
     # ---- The kernel
 
-    def kernel_option(self, name: str, symbol: str) -> KernelOption:
-        """Whether the running kernel was built with CONFIG_`name`, which brings `symbol` with it.
+    def kernel_has_p2pdma(self) -> KernelOption:
+        """Whether the running kernel has PCI peer-to-peer DMA (CONFIG_PCI_P2PDMA).
 
         Asked of the kernel's configuration, else of its symbols: versions do not tell, as
         distributions choose.
@@ -286,13 +294,14 @@ class Sysfs:
                 config = _gunzip_or_none(config, _CONFIG_LIMIT)
             if config is not None and b"CONFIG_" in config:
                 # An option whose own conditions are not met is not listed at all.
-                enabled = f"\nCONFIG_{name}=y\n".encode() in config
-                text = f"CONFIG_{name}=y" if enabled else f"# CONFIG_{name} is not set"
+                enabled = f"\n{_P2PDMA_OPTION}=y\n".encode() in config
+                text = f"{_P2PDMA_OPTION}=y" if enabled else f"# {_P2PDMA_OPTION} is not set"
                 return KernelOption(enabled, path, text)
 
         # Last, because the kernel takes tens of milliseconds to write its symbols out.
-        found = self.kernel_has_symbol(symbol)
-        text = "cannot be read" if found is None else symbol if found else f"no {symbol}"
+        found = self.kernel_has_symbol(_P2PDMA_SYMBOL)
+        told = _P2PDMA_SYMBOL if found else f"no {_P2PDMA_SYMBOL}"
+        text = "cannot be read" if found is None else told
         return KernelOption(found, "/proc/kallsyms", text)
 
     def kernel_has_symbol(self, symbol: str) -> bool | None:
@@ -304,16 +313,10 @@ class Sysfs:
         # Absent from a list that is empty (hidden) or was cut short says nothing.
         return False if symbols and len(symbols) < _SYMBOLS_LIMIT else None
 
-    def kernel_has_p2pdma(self) -> KernelOption:
-        """Whether the running kernel has PCI peer-to-peer DMA (CONFIG_PCI_P2PDMA)."""
-        return self.kernel_option("PCI_P2PDMA", "pci_p2pdma_add_resource")
-
     def huge_page_size(self) -> int:
         """Bytes of the default huge page (/proc/meminfo), 2 MiB where that doesn't say."""
-        for line in (self.read("proc/meminfo") or "").splitlines():
-            if line.startswith("Hugepagesize:"):
-                return int(line.split()[1]) << 10
-        return 2 << 20
+        line = self.line("Hugepagesize:", "proc/meminfo")
+        return int(line.split()[1]) << 10 if line else 2 << 20
 
     def peer_memory_providers(self) -> tuple[PeerMemoryProvider, ...]:
         """Each PCI device with a p2pmem directory, in the order of their addresses.

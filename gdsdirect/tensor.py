@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -144,8 +145,6 @@ def _name_of(dtype: object) -> str:
 
 
 def _dimensions(shape: int | Sequence[int]) -> tuple[int, ...]:
-    import operator
-
     given = (shape,) if isinstance(shape, int) else tuple(shape)
     dimensions = tuple(map(operator.index, given))
     if len(dimensions) > _MOST_DIMENSIONS or any(length < 0 for length in dimensions):

@@ -14,6 +14,7 @@ import stat
 from typing import Any
 
 from gdsdirect.file import File
+from gdsdirect.host import opened
 from gdsdirect.memory import GpuMappedBuffer
 from gdsdirect.stream import AsyncUringStream, DataPath
 
@@ -78,13 +79,9 @@ def _plainly(path: str, plain_path: str | None) -> tuple[bytes, str]:
 
 
 def _pread(path: str, flags: int) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | flags)
-    try:
-        with mmap.mmap(-1, _MOST) as pages:
-            count = os.preadv(fd, [pages], 0)
-            return pages[:count]
-    finally:
-        os.close(fd)
+    with opened(path, os.O_RDONLY | flags) as fd, mmap.mmap(-1, _MOST) as pages:
+        count = os.preadv(fd, [pages], 0)
+        return pages[:count]
 
 
 # ---- By the way

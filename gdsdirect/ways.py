@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gdsdirect.check import Check, Status, Target, Trial, Verdict
@@ -40,8 +40,9 @@ def judge(host: Host, facts: HostFacts, path: PathFacts, verify: bool) -> tuple[
     found = []
     lending = tuple(provider for provider in facts.providers if provider.size)
     for provider in lending or (None,):
+        into_peer = _into_peer(host, facts, path, provider)
         for way in (DataPath.NVME_PASSTHROUGH, DataPath.FILE_DIRECT):
-            needed = [*_into_peer(host, facts, path, provider), *_by(host, facts, path, way)]
+            needed = [*into_peer, *_by(host, facts, path, way)]
             found.append(_verdict(host, path, way, Target.PEER, provider, needed, verify))
     found.append(_cufile(facts, path))
     for way in _FEATURES:
@@ -56,12 +57,10 @@ def _by(host: Host, facts: HostFacts, path: PathFacts, way: DataPath) -> list[Ch
     if way is not DataPath.NVME_PASSTHROUGH:
         # That a character device isn't read as a file is said by path.direct.
         buffered = way is DataPath.BUFFERED and path.kind != "char"
-        names = ["path.open"] if buffered else ["path.open", "path.direct"]
-        return needed + [one for one in path.checks if one.name in names]
+        return needed + path.named("path.open", *(() if buffered else ("path.direct",)))
     if path.namespace is not None:
         return [*needed, node(host, path.namespace), block_format(host, path.namespace)]
-    names = ["path.open", "path.namespace", "nvme.namespaces"]
-    return needed + [one for one in path.checks if one.name in names]
+    return needed + path.named("path.open", "path.namespace", "nvme.namespaces")
 
 
 def _into_peer(
@@ -73,12 +72,19 @@ def _into_peer(
         needed.append(facts.checks["peer.providers"])
     else:
         needed.append(memory(host, provider))
-    needed += [one for one in path.checks if one.name in ("path.drives", "nvme.namespaces")]
+    needed += path.named("path.drives", "nvme.namespaces")
     for drive in path.drives:
         needed.append(transport(drive))
         if provider is not None and drive.pci_address is not None:
             needed.append(route(host, drive.pci_address, provider))
     return needed
+
+
+def _because(closing: Sequence[Check]) -> tuple[str, tuple[str, ...], str | None]:
+    """Why checks close a way, their names, and the first remedy that there is."""
+    why = "; ".join(dict.fromkeys(one.why for one in closing))
+    names = tuple(dict.fromkeys(one.name for one in closing))
+    return why, names, next((one.remedy for one in closing if one.remedy), None)
 
 
 def _verdict(
@@ -92,9 +98,7 @@ def _verdict(
 ) -> Verdict:
     address = provider.address if provider else None
     closing = [one for one in needed if one.status is Status.MISSING]
-    names = tuple(dict.fromkeys(one.name for one in closing))
-    remedy = next((one.remedy for one in closing if one.remedy), None)
-    why = "; ".join(dict.fromkeys(one.why for one in closing))
+    why, names, remedy = _because(closing)
     hard = [one for one in closing if one.name not in _TRIED_ALL_THE_SAME]
     untried = _why_untried(path, way, provider) if verify else "trials were left out"
     trial = None if hard or untried else _try(host, path, way, target, provider)
@@ -181,11 +185,9 @@ def _cufile(facts: HostFacts, path: PathFacts) -> Verdict:
         )
         return Verdict(way, target, True, why)
     both = [*closing[fewest], *path_closing]
-    why = "; ".join(dict.fromkeys(one.why for one in both))
+    why, names, remedy = _because(both)
     other = next(mode for mode in closing if mode != fewest)
     if closing[fewest] and "nvidia.driver" not in [one.name for one in closing[fewest]]:
-        missing = ", ".join(dict.fromkeys(one.name for one in closing[other]))
-        why = f"{fewest} mode: {why}. {other} mode needs {missing}"
-    names = tuple(dict.fromkeys(one.name for one in both))
-    remedy = next((one.remedy for one in both if one.remedy), None)
+        _, missing, _ = _because(closing[other])
+        why = f"{fewest} mode: {why}. {other} mode needs {', '.join(missing)}"
     return Verdict(way, target, False, why, closed_by=names, remedy=remedy)

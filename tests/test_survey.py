@@ -242,44 +242,42 @@ def test_an_h100_in_p2pdma_mode(tmp_path: Path) -> None:
     assert status(found, "peer.route") is Status.OK
 
 
+def writing(path: str, text: str) -> Callable[[Path], object]:
+    """What gives a file of a recording another content."""
+    return lambda root: (root / path).write_text(text)
+
+
 @pytest.mark.parametrize(
     ("spoil", "name", "remedy"),
     [
         (
-            lambda root: (root / "proc/driver/nvidia/params").write_text('RegistryDwords: ""\n'),
+            writing("proc/driver/nvidia/params", 'RegistryDwords: ""\n'),
             "nvidia.static_bar1",
             "RMForceStaticBar1=1;RmForceDisableIomapWC=1",
         ),
         (
-            lambda root: (root / "proc/driver/nvidia/params").write_text(
-                'RegistryDwords: "RMForceStaticBar1=1"\n'
-            ),
+            writing("proc/driver/nvidia/params", 'RegistryDwords: "RMForceStaticBar1=1"\n'),
             "nvidia.static_bar1",
             "RmForceDisableIomapWC=1",
         ),
-        (
-            lambda root: (root / "etc/cufile.json").write_text("{}"),
-            "nvidia.cufile_json",
-            '"use_pci_p2pdma": true',
-        ),
+        (writing("etc/cufile.json", "{}"), "nvidia.cufile_json", '"use_pci_p2pdma": true'),
         (lambda root: (root / "etc/cufile.json").unlink(), "nvidia.cufile_json", "use_pci_p2pdma"),
         (
-            lambda root: (root / "sys/module/nvme_core/parameters/multipath").write_text("Y\n"),
+            writing("sys/module/nvme_core/parameters/multipath", "Y\n"),
             "nvidia.multipath",
             "multipath=N",
         ),
         (
-            lambda root: (root / "proc/driver/nvidia/version").write_text(
-                "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu Jan 23 2025\n"
+            writing(
+                "proc/driver/nvidia/version",
+                "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu Jan 23 2025\n",
             ),
             "nvidia.kernel",
             "nvidia-open",
         ),
         (lambda root: (root / "usr/local/cuda").unlink(), "nvidia.libcufile", "libcufile"),
         (
-            lambda root: (root / "proc/self/mountinfo").write_text(
-                "30 1 259:1 / /data rw - btrfs /dev/nvme0n1p1 rw\n"
-            ),
+            writing("proc/self/mountinfo", "30 1 259:1 / /data rw - btrfs /dev/nvme0n1p1 rw\n"),
             "path.cufile",
             "ext4 or XFS",
         ),

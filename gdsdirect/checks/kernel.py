@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 from gdsdirect.check import Check, Evidence, Status
 from gdsdirect.errors import PROFILE
-from gdsdirect.host import Host
+from gdsdirect.host import NOT_RECORDED, Host
 
 _CAP_IPC_LOCK = 14  # linux/capability.h
 _CAP_SYS_ADMIN = 21
 _SMALL_LOCK = 64 << 20  # bytes of RLIMIT_MEMLOCK that buffers of models soon need
 
-_NOT_RECORDED = "it was not recorded"
 _NOT_BUILT = (
     "gdsdirect was installed without its io_uring part",
     "apt-get install liburing-dev pkg-config && pip install --force-reinstall gdsdirect",
@@ -44,8 +43,7 @@ def is_admin(host: Host) -> bool | None:
 
 def status_line(host: Host, name: str) -> str:
     """A line of /proc/self/status, or nothing."""
-    status = host.sysfs.read("proc/self/status") or ""
-    return next((line for line in status.splitlines() if line.startswith(f"{name}:")), "")
+    return host.sysfs.line(f"{name}:", "proc/self/status")
 
 
 def version(host: Host) -> tuple[int, int] | None:
@@ -82,7 +80,7 @@ def _io_uring(host: Host, answers: dict[str, int]) -> Check:
     name = "kernel.io_uring"
     if not answers:
         if host.is_recorded:
-            return Check(name, Status.NOT_APPLICABLE, _NOT_RECORDED)
+            return Check(name, Status.NOT_APPLICABLE, NOT_RECORDED)
         why, remedy = _NOT_BUILT
         return Check(name, Status.MISSING, why, remedy=remedy)
     setup, enter = answers.get("setup", 0), answers.get("enter", 0)
@@ -188,7 +186,7 @@ _FEATURES = (
 def _feature(feature: _Feature, answers: dict[str, int]) -> Check:
     number = answers.get(feature.key)
     if number is None or answers.get("setup"):
-        why = _NOT_RECORDED if number is None else "there is no io_uring at all"
+        why = NOT_RECORDED if number is None else "there is no io_uring at all"
         return Check(feature.name, Status.NOT_APPLICABLE, why)
     seen = (_call(f"io_uring: {feature.key}", number),)
     if number == 0:
@@ -201,8 +199,7 @@ def _feature(feature: _Feature, answers: dict[str, int]) -> Check:
 
 def _memlock(host: Host) -> Check:
     name = "kernel.memlock"
-    limits = host.sysfs.read("proc/self/limits") or ""
-    line = next((line for line in limits.splitlines() if line.startswith("Max locked memory")), "")
+    line = host.sysfs.line("Max locked memory", "proc/self/limits")
     seen = (Evidence("/proc/self/limits", " ".join(line.split()) or "no such line"),)
     match = re.match(r"Max locked memory\s+(\d{1,20}|unlimited)\s", line)
     if match is None:

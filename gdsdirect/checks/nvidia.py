@@ -151,8 +151,7 @@ def _resource_size(line: str) -> int:
 
 
 def _registry(host: Host) -> tuple[Evidence, dict[str, str]]:
-    text = host.sysfs.read("proc/driver/nvidia/params") or ""
-    line = next((line for line in text.splitlines() if line.startswith("RegistryDwords:")), "")
+    line = host.sysfs.line("RegistryDwords:", "proc/driver/nvidia/params")
     pairs = re.findall(r"(\w+)=(\w+)", line)
     return Evidence("/proc/driver/nvidia/params", line or "no line RegistryDwords"), dict(pairs)
 

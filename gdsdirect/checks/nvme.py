@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from gdsdirect.check import Check, Evidence, Status
 from gdsdirect.checks.kernel import is_admin, status_line, version
-from gdsdirect.host import UNREADABLE, Host
+from gdsdirect.host import NOT_RECORDED, UNREADABLE, Host
 from gdsdirect.namespace import UDEV_RULE
 from gdsdirect.sysfs import Device, NvmeNamespaceNodes
 
@@ -118,7 +118,7 @@ def node(host: Host, drive: Drive) -> Check:
         return Check(name, Status.MISSING, why, (), "boot Linux 5.19 or later", drive.path)
     number = host.open_error(path)
     if number is None:
-        return Check(name, Status.NOT_APPLICABLE, "it was not recorded", subject=path)
+        return Check(name, Status.NOT_APPLICABLE, NOT_RECORDED, subject=path)
     text = os.strerror(number) if number else "ok"
     seen: tuple[Evidence, ...] = (Evidence(f"open({path}, O_RDONLY)", text),)
     if number in (errno.EACCES, errno.EPERM):

@@ -11,7 +11,7 @@ from typing import Any
 
 from gdsdirect.check import Check, Evidence, Status
 from gdsdirect.checks.nvme import Drive, drive_at, refusal
-from gdsdirect.host import Host, Stat, numbers
+from gdsdirect.host import NOT_RECORDED, Host, Stat, numbers, opened
 from gdsdirect.sysfs import Device
 
 _DEEPEST = 8  # devices or file systems on top of each other that are followed
@@ -79,14 +79,17 @@ class PathFacts:
     namespace: Drive | None = None
     drives: tuple[Drive, ...] = ()
 
+    def named(self, *names: str) -> list[Check]:
+        """The checks with these names."""
+        return [check for check in self.checks if check.name in names]
+
 
 def describe(host: Host, path: str) -> PathFacts:
     """All about a path."""
     info = host.stat(path)
     if info.errno is None:
-        why = "it was not recorded"
-        missing = Check("path.open", Status.MISSING, why, subject=path)
-        return PathFacts(path, why, "", 0, (missing,))
+        missing = Check("path.open", Status.MISSING, NOT_RECORDED, subject=path)
+        return PathFacts(path, NOT_RECORDED, "", 0, (missing,))
     if info.errno:
         return _nothing(path, info.errno)
     if info.kind in ("block", "char"):
@@ -293,7 +296,7 @@ def _open(host: Host, path: str) -> Check:
     name = "path.open"
     number = host.open_error(path)
     if number is None:
-        return Check(name, Status.NOT_APPLICABLE, "it was not recorded", subject=path)
+        return Check(name, Status.NOT_APPLICABLE, NOT_RECORDED, subject=path)
     text = os.strerror(number) if number else "ok"
     seen: tuple[Evidence, ...] = (Evidence(f"open({path}, O_RDONLY)", text),)
     if number == 0:
@@ -308,7 +311,7 @@ def _direct(host: Host, path: str, mount: Mount | None = None) -> Check:
     name = "path.direct"
     number = host.open_error(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
     if number is None:
-        return Check(name, Status.NOT_APPLICABLE, "it was not recorded", subject=path)
+        return Check(name, Status.NOT_APPLICABLE, NOT_RECORDED, subject=path)
     text = os.strerror(number) if number else "ok"
     seen: tuple[Evidence, ...] = (Evidence(f"open({path}, O_RDONLY | O_DIRECT)", text),)
     if number:
@@ -358,11 +361,8 @@ def read_extents(path: str) -> dict[str, Any]:
 
     request = bytearray(_FIEMAP_HEADER.size + _FIEMAP_MOST * _FIEMAP_EXTENT.size)
     _FIEMAP_HEADER.pack_into(request, 0, 0, (1 << 64) - 1, 0, 0, _FIEMAP_MOST, 0)
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    try:
+    with opened(path) as fd:
         fcntl.ioctl(fd, _FIEMAP, request)
-    finally:
-        os.close(fd)
     count = min(_FIEMAP_HEADER.unpack_from(request)[3], _FIEMAP_MOST)
     flags = 0
     for index in range(count):
