@@ -4,7 +4,7 @@
 PYTHON ?= python3
 # To build the package | to run the virtual machine
 PACKAGES := gcc libc6-dev liburing-dev pkg-config python3 python3-dev python3-venv ca-certificates \
-            qemu-system-x86 busybox-static kmod e2fsprogs xz-utils zstd util-linux dpkg
+            qemu-system-x86 busybox-static kmod e2fsprogs xfsprogs xz-utils zstd util-linux dpkg
 BENCH_PACKAGES := fio
 
 ENVIRONMENT := .venv

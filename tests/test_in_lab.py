@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -37,6 +38,8 @@ KERNELS = {
 NEED_PEER_MEMORY = "test_peer"
 LEAST_TESTS = 90
 BAD_BLOCKS = (16, 100, 1001, 1002, 1024, 2047)
+# An ordinary user's PATH leaves out sbin.
+ENVIRONMENT = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
 
 Command = tuple[int, int, int]
 """Namespace id, first block, number of blocks."""
@@ -81,25 +84,65 @@ def make_victims(folder: Path) -> list[Drive]:
     ]
 
 
+def make_file_systems(folder: Path) -> list[Drive]:
+    """Drives with empty file systems, to be mounted and written to."""
+    partition = ext4(folder / "partition.image", offset=MIB)
+    return [
+        Drive("ext4", contents=ext4(folder / "ext4.image"), nsid=31),
+        Drive("xfs", contents=xfs(folder / "xfs.image"), nsid=32),
+        Drive("partition", contents=partitioned(partition, MIB // 512, 64 * MIB // 512), nsid=33),
+    ]
+
+
+def ext4(image: Path, offset: int = 0) -> Path:
+    """`image` with an empty ext4 of 64 MiB, with a journal, from `offset` on."""
+    sparse(image, offset + 64 * MIB)
+    mkfs("ext4", "-q", "-b", "4096", "-E", f"offset={offset}", image, "64M")
+    return image
+
+
+# What mkfs.xfs may turn on and Linux 6.1 does not know or calls experimental, by option.
+XFS_IS_NEWER = {"nrext64": "-i", "exchange": "-i", "parent": "-n"}
+
+
+def xfs(image: Path) -> Path:
+    """`image` with an empty XFS, the smallest that mkfs.xfs makes."""
+    usage = subprocess.run(["mkfs.xfs"], capture_output=True, text=True, env=ENVIRONMENT).stderr
+    # An older mkfs.xfs refuses what it does not know either.
+    known = {name: option for name, option in XFS_IS_NEWER.items() if f"{name}=" in usage}
+    off = [part for name, option in known.items() for part in (option, f"{name}=0")]
+    made = image.with_suffix(".made")
+    sparse(made, 300 * MIB)
+    mkfs("xfs", "-q", *off, made)
+    # mkfs.xfs allocates the 64 MiB of its log, which take memory where /tmp is in memory.
+    subprocess.run(["cp", "--sparse=always", made, image], check=True)
+    made.unlink()
+    return image
+
+
+def sparse(image: Path, nbytes: int) -> None:
+    image.write_bytes(b"")
+    os.truncate(image, nbytes)
+
+
+def mkfs(kind: str, *arguments: str | Path) -> None:
+    subprocess.run([f"mkfs.{kind}", *arguments], check=True, env=ENVIRONMENT)
+
+
 def file_system(folder: Path) -> Path:
     """An ext4 image with the files of the folder `files`, which is made too."""
     files, image = folder / "files", folder / "files.image"
     files.mkdir()
     (files / "model").write_bytes(random.Random("model").randbytes(2 * MIB + 4096))
     (files / "short").write_bytes(random.Random("short").randbytes(5000))
-    image.write_bytes(b"")
-    os.truncate(image, 6 * MIB)
-    subprocess.run(
-        ["mkfs.ext4", "-q", "-b", "4096", "-O", "^has_journal", "-d", files, image],
-        check=True,
-        env={**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"},
-    )
+    sparse(image, 6 * MIB)
+    mkfs("ext4", "-q", "-b", "4096", "-O", "^has_journal", "-d", files, image)
     return image
 
 
-def partitioned(image: Path) -> Path:
-    """`image` with one partition: 1024 blocks from block 64 on."""
-    entry = bytes([0, 0, 0, 0, 0x83, 0, 0, 0]) + (64).to_bytes(4, "little") + bytes([0, 4, 0, 0])
+def partitioned(image: Path, first: int = 64, blocks: int = 1024) -> Path:
+    """`image` with one partition: `blocks` blocks from block `first` on."""
+    entry = struct.pack("<8sII", b"\0\0\0\0\x83", first, blocks)
     with image.open("r+b") as file:
         file.seek(446)
         file.write(entry + bytes(3 * 16) + b"\x55\xaa")
@@ -303,7 +346,7 @@ def unanswered(result: lab.Result) -> list[str]:
 
 
 @pytest.mark.lab
-@needs_lab("mkfs.ext4")
+@needs_lab("mkfs.ext4", "mkfs.xfs")
 @pytest.mark.parametrize("kernel", list(KERNELS))
 def test_in_the_lab(kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(HERE.parent)  # seen in the guest, as pytest's own folders are not
@@ -327,9 +370,11 @@ def run_inside(kernel: str, folder: Path) -> lab.Result:
     folder.mkdir()
     drives = make_drives(folder)
     victims = make_victims(folder)
+    file_systems = make_file_systems(folder)
     told = {
         "drives": [describe(drive) for drive in drives],
         "victims": [describe(drive) for drive in victims],
+        "file_systems": [describe(drive) for drive in file_systems],
         "expected": KERNELS[kernel],
     }
     (folder / "machine.json").write_text(json.dumps(told))
@@ -341,12 +386,12 @@ def run_inside(kernel: str, folder: Path) -> lab.Result:
             f"--junitxml={folder}/report.xml",
         ],
         kernel=kernel,
-        drives=[*drives, *victims],
+        drives=[*drives, *victims, *file_systems],
         share=folder,
         append="nvme.poll_queues=1",
         timeout=240,
         env={
-            **os.environ,
+            **ENVIRONMENT,
             "GDSDIRECT_LAB": str(folder),
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             "PYTEST_ADDOPTS": "",

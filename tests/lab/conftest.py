@@ -11,6 +11,7 @@ import pytest
 from gdsdirect import GpuMappedBuffer, Namespace
 
 Open = Callable[[str], Namespace]
+Mount = Callable[..., Path]
 
 
 @pytest.fixture
@@ -57,10 +58,68 @@ def peer(peer_source: str) -> Iterator[GpuMappedBuffer]:
 
 
 @pytest.fixture(scope="session")
-def mounted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    """Mounts, as mount(8) is told, in a new folder until the session ends."""
+    with contextlib.ExitStack() as stack:
+
+        def mount_anew(*arguments: str | Path) -> Path:
+            folder = tmp_path_factory.mktemp("mounted")
+            subprocess.run(["mount", *arguments, folder], check=True)
+            stack.callback(lambda: subprocess.run(["umount", folder], check=True))
+            return folder
+
+        yield mount_anew
+
+
+@pytest.fixture(scope="session")
+def mounted(mount: Mount) -> Path:
     """The folder with the files of the drive `files`, on ext4."""
-    folder = tmp_path_factory.mktemp("mounted")
-    disk = str(guest.DRIVES["files"].disk)
-    subprocess.run(["mount", "-t", "ext4", "-o", "ro", disk, str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    return mount("-t", "ext4", "-o", "ro", guest.DRIVES["files"].disk)
+
+
+@pytest.fixture(scope="session")
+def ext4(mount: Mount) -> Path:
+    """A folder to write to, as all below: 64 MiB, with a journal."""
+    return mount("-t", "ext4", guest.FILE_SYSTEMS["ext4"].disk)
+
+
+@pytest.fixture(scope="session")
+def xfs(mount: Mount) -> Path:
+    return mount("-t", "xfs", guest.FILE_SYSTEMS["xfs"].disk)
+
+
+@pytest.fixture(scope="session")
+def partition(mount: Mount) -> Path:
+    """An ext4 that begins 1 MiB into its drive."""
+    return mount("-t", "ext4", f"{guest.FILE_SYSTEMS['partition'].disk}p1")
+
+
+@pytest.fixture(params=["ext4", "xfs", "partition"])
+def file_system(request: pytest.FixtureRequest) -> Path:
+    """Each that lies right on a drive."""
+    folder: Path = request.getfixturevalue(request.param)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def overlay(mount: Mount, ext4: Path) -> Path:
+    """Both its layers are on the ext4."""
+    layers = {name: ext4 / "layers" / name for name in ("lowerdir", "upperdir", "workdir")}
+    for layer in layers.values():
+        layer.mkdir(parents=True)
+    options = ",".join(f"{name}={layer}" for name, layer in layers.items())
+    return mount("-t", "overlay", "-o", options, "overlay")
+
+
+@pytest.fixture(scope="session")
+def looped(mount: Mount, xfs: Path) -> Path:
+    """An ext4 in a file of the XFS."""
+    image = xfs / "looped.image"
+    subprocess.run(["mkfs.ext4", "-q", "-b", "4096", image, "16M"], check=True)
+    subprocess.run(["modprobe", "loop"], check=True)  # makes /dev/loop-control, as udev would
+    return mount("-t", "ext4", "-o", "loop", image)
+
+
+@pytest.fixture(scope="session")
+def tmpfs(mount: Mount) -> Path:
+    return mount("-t", "tmpfs", "tmpfs")

@@ -114,6 +114,8 @@ EXPECTED = Expected(**_TOLD["expected"])
 DRIVES = _load("drives")
 VICTIMS = _load("victims")
 """Drives that test_faults.py does something to; they may not be there any more."""
+FILE_SYSTEMS = _load("file_systems")
+"""Drives to mount and write to: their images are what they began with."""
 READABLE = [name for name, it in DRIVES.items() if not it.metadata and not it.read_errors]
 
 # ---- Reads
