@@ -14,8 +14,7 @@ from typing import BinaryIO
 from benchmarks import packages
 from benchmarks.rows import Bound, Contestant, Pair, Row
 from benchmarks.yardstick import LIBRARY, RECORD_BYTES, Loop, Work
-from gdsdirect import AsyncUringStream, GpuMappedBuffer
-from gdsdirect.file import File
+from gdsdirect import AsyncUringStream, File, GpuMappedBuffer
 
 _FILE = 64 << 20
 _NBYTES = 4096

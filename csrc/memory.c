@@ -79,6 +79,7 @@ memory_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (self == NULL) {
         return NULL;
     }
+    self->module = Py_NewRef(module);
     if (memory_fill(self, owner, address, nbytes) < 0) {
         Py_DECREF(self);
         return NULL;
@@ -122,6 +123,7 @@ memory_traverse(Memory *self, visitproc visit, void *arg)
     Py_VISIT(Py_TYPE(self));
     Py_VISIT(self->exporter.obj);
     Py_VISIT(self->owner);
+    Py_VISIT(self->module);
     return 0;
 }
 
@@ -141,6 +143,7 @@ memory_dealloc(Memory *self)
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     memory_release(self);
+    Py_XDECREF(self->module);
     type->tp_free(self);
     Py_DECREF(type);
 }
@@ -170,6 +173,34 @@ static void
 memory_releasebuffer(Memory *self, Py_buffer *Py_UNUSED(view))
 {
     atomic_fetch_sub(&self->exports, 1);
+}
+
+/* _part(offset, nbytes): a range of it as memory of its own, whose views keep this one from being closed,
+ * and which tells whether it has any. Not for rings: the aliases are this one's. */
+static PyObject *
+memory_part(Memory *self, PyObject *args)
+{
+    Py_ssize_t offset, nbytes;
+    struct module_state *state = PyModule_GetState(self->module);
+    if (!PyArg_ParseTuple(args, "nn:_part", &offset, &nbytes)) {
+        return NULL;
+    }
+    if (offset < 0 || nbytes < 0 || offset > self->nbytes || nbytes > self->nbytes - offset) {
+        return PyErr_Format(PyExc_ValueError, "%zd bytes at %zd are outside of %zd", nbytes, offset,
+                            self->nbytes);
+    }
+    Memory *part = (Memory *)state->memory_type->tp_alloc(state->memory_type, 0);
+    if (part == NULL) {
+        return NULL;
+    }
+    part->module = Py_NewRef(self->module);
+    if (PyObject_GetBuffer((PyObject *)self, &part->exporter, PyBUF_WRITABLE) < 0) {
+        Py_DECREF(part);
+        return NULL;
+    }
+    part->address = self->address + offset;
+    part->nbytes = nbytes;
+    return (PyObject *)part;
 }
 
 /* ---- Attributes -------------------------------------------------------------------------- */
@@ -203,6 +234,12 @@ memory_get_closed(Memory *self, void *Py_UNUSED(closure))
 }
 
 static PyObject *
+memory_get_in_use(Memory *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(atomic_load(&self->exports) > 0);
+}
+
+static PyObject *
 memory_get_exposed(Memory *self, void *Py_UNUSED(closure))
 {
     return PyBool_FromLong(self->exposed);
@@ -221,6 +258,7 @@ static PyGetSetDef memory_getset[] = {
      "Address of the first byte in this process; ValueError once closed.", NULL},
     {"nbytes", (getter)memory_get_nbytes, NULL, "Size in bytes.", NULL},
     {"closed", (getter)memory_get_closed, NULL, "Whether close() was called.", NULL},
+    {"_in_use", (getter)memory_get_in_use, NULL, "Whether it has views.", NULL},
     {"_exposed", (getter)memory_get_exposed, NULL, "Whether something is at its aliases.", NULL},
     {NULL},
 };
@@ -232,6 +270,7 @@ PyDoc_STRVAR(memory_close_doc,
 
 static PyMethodDef memory_methods[] = {
     {"close", (PyCFunction)memory_close, METH_NOARGS, memory_close_doc},
+    {"_part", (PyCFunction)memory_part, METH_VARARGS, NULL},
     {NULL},
 };
 

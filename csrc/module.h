@@ -34,6 +34,7 @@ typedef struct {
     Py_ssize_t nbytes;
     Py_buffer exporter; /* obj is NULL where somebody else mapped the address */
     PyObject *owner;    /* then this keeps it mapped */
+    PyObject *module;        /* holds the next one: a type may let go of it before its objects go */
     struct aliases *aliases; /* where its own are held free; NULL: they are not yet, or no more */
     bool exposed;            /* something else is at some of them */
     _Atomic Py_ssize_t exports; /* -1: closed */
@@ -54,6 +55,7 @@ typedef struct {
     uint32_t metadata_size;
     uint64_t capacity; /* blocks */
     PyObject *path;
+    PyObject *module; /* a type may let go of it before its objects go */
 } Source;
 
 #define SOURCE_CLOSED 0x80000000u
@@ -72,9 +74,14 @@ void gdsdirect_source_release(Source *source);
 /* A Source on a descriptor that stays the caller's, for one submission. NULL with an exception. */
 Source *gdsdirect_source_borrow(PyTypeObject *type, int fd, PyObject *path);
 
+/* A Source on a descriptor of a file just opened with `flags`, which it owns from then on. NULL with an
+ * exception, and then the descriptor is the caller's still. */
+Source *gdsdirect_source_own_fd(PyTypeObject *type, int fd, int flags, PyObject *path);
+
 /* Gives it a descriptor of its own, if it has none. False with errno set. */
 bool gdsdirect_source_own(Source *source);
 
+PyObject *gdsdirect_open_sources(PyObject *module, PyObject *args);
 PyObject *gdsdirect_nvme_identify(PyObject *module, PyObject *args);
 PyObject *gdsdirect_ask_io_uring(PyObject *module, PyObject *ignored);
 PyObject *gdsdirect_direct_alignment(PyObject *module, PyObject *args);

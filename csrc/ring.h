@@ -132,6 +132,7 @@ PyObject *ring_submit_read(Ring *self, PyObject *args, PyObject *kwargs);
 PyObject *ring_submit_read_fixed(Ring *self, PyObject *args, PyObject *kwargs);
 PyObject *ring_submit_reads(Ring *self, PyObject *args, PyObject *kwargs);
 PyObject *ring_submit_reads_fixed(Ring *self, PyObject *args, PyObject *kwargs);
+PyObject *ring_submit_files(Ring *self, PyObject *args);
 
 /* Sends what the ring needs for itself, `count` times: IORING_OP_NOP to wake the leader,
  * IORING_OP_ASYNC_CANCEL to have everything cancelled. */

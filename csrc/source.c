@@ -45,8 +45,21 @@ source_shut(Source *self)
     if (atomic_fetch_or(&self->users, SOURCE_CLOSED) == 0) {
         close(self->fd);
     }
-    struct module_state *module = PyType_GetModuleState(Py_TYPE(self));
+    struct module_state *module = PyModule_GetState(self->module);
     atomic_fetch_add(&module->closings, 1);
+}
+
+/* Without a descriptor, which is still whose it was. NULL with an exception. */
+static Source *
+source_alloc(PyTypeObject *type, PyObject *path)
+{
+    Source *self = (Source *)type->tp_alloc(type, 0);
+    if (self != NULL) {
+        self->fd = -1;
+        self->path = Py_NewRef(path);
+        self->module = Py_NewRef(PyType_GetModule(type));
+    }
+    return self;
 }
 
 static PyObject *
@@ -70,20 +83,26 @@ source_fileno(Source *self, PyObject *Py_UNUSED(ignored))
 
 /* Whether reads go past the page cache. File systems whose files are in memory have nothing else:
  * tmpfs takes O_DIRECT all the same from Linux 6.6 on, and copies. Device nodes are on such a file
- * system too, but their bytes aren't. */
+ * system too, but their bytes aren't. Others take it and copy what they can't read directly, such as
+ * ext4's encrypted files, and say so since Linux 6.1: with STATX_DIOALIGN (0, 0). */
 static bool
 reads_directly(int fd, int flags)
 {
-    struct stat file;
+    struct statx file;
     struct statfs system;
     if (!(flags & O_DIRECT)) {
         return false;
     }
-    /* Asked in this order, most files cost one call. */
+    if (statx(fd, "", AT_EMPTY_PATH, STATX_TYPE | STATX_DIOALIGN, &file) < 0 ||
+        !S_ISREG(file.stx_mode)) {
+        return true;
+    }
+    if (file.stx_mask & STATX_DIOALIGN && file.stx_dio_offset_align == 0) {
+        return false;
+    }
     return fstatfs(fd, &system) < 0 ||
            (system.f_type != TMPFS_MAGIC && system.f_type != RAMFS_MAGIC &&
-            system.f_type != HUGETLBFS_MAGIC) ||
-           fstat(fd, &file) < 0 || !S_ISREG(file.st_mode);
+            system.f_type != HUGETLBFS_MAGIC);
 }
 
 static int
@@ -118,12 +137,10 @@ source_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (flags < 0) {
         return PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, path);
     }
-    Source *self = (Source *)type->tp_alloc(type, 0);
+    Source *self = source_alloc(type, path);
     if (self == NULL) {
         return NULL;
     }
-    self->fd = -1; /* the caller's until nothing can fail any more */
-    self->path = Py_NewRef(path);
     self->nsid = nsid;
     self->capacity = capacity;
     self->metadata_size = metadata_size;
@@ -144,12 +161,22 @@ gdsdirect_source_borrow(PyTypeObject *type, int fd, PyObject *path)
     if (flags < 0) {
         return (Source *)PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, path);
     }
-    Source *self = (Source *)type->tp_alloc(type, 0);
+    Source *self = source_alloc(type, path);
     if (self != NULL) {
         self->fd = fd;
         self->borrowed = true;
         self->is_direct = reads_directly(fd, flags);
-        self->path = Py_NewRef(path);
+    }
+    return self;
+}
+
+Source *
+gdsdirect_source_own_fd(PyTypeObject *type, int fd, int flags, PyObject *path)
+{
+    Source *self = source_alloc(type, path);
+    if (self != NULL) {
+        self->fd = fd;
+        self->is_direct = reads_directly(fd, flags);
     }
     return self;
 }
@@ -172,6 +199,7 @@ static int
 source_traverse(Source *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->module);
     return 0; /* path is a str and can't be part of a cycle */
 }
 
@@ -182,6 +210,7 @@ source_dealloc(Source *self)
     PyObject_GC_UnTrack(self);
     source_shut(self);
     Py_XDECREF(self->path);
+    Py_XDECREF(self->module);
     type->tp_free(self);
     Py_DECREF(type);
 }

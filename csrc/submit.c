@@ -942,9 +942,9 @@ refuse_fixed(Ring *self)
     return -1;
 }
 
-/* Sends a batch of checked reads of `file`, and clears it. -1 with an exception. */
+/* Settles whether the batch's commands go into registered memory. -1 with an exception. */
 static int
-send_file_reads(Ring *self, struct batch *batch, PyObject *file, bool fixed, PyObject *user_data)
+settle_registered(Ring *self, struct batch *batch, bool fixed)
 {
     for (size_t i = 0; i < batch->count; i++) {
         if (!fixed) {
@@ -954,12 +954,28 @@ send_file_reads(Ring *self, struct batch *batch, PyObject *file, bool fixed, PyO
             return refuse_fixed(self);
         }
     }
+    return 0;
+}
+
+/* Without O_DIRECT the page cache copies, whatever the opcode. */
+static enum way
+way_of(const Source *source, bool fixed)
+{
+    return !source->is_direct ? WAY_BUFFERED : fixed ? WAY_FILE_FIXED : WAY_FILE_DIRECT;
+}
+
+/* Sends a batch of checked reads of `file`. -1 with an exception. */
+static int
+send_file_reads(Ring *self, struct batch *batch, PyObject *file, bool fixed, PyObject *user_data)
+{
+    if (settle_registered(self, batch, fixed) < 0) {
+        return -1;
+    }
     batch->source = file_source(self, file, &batch->lasting);
     if (batch->source == NULL) {
         return -1;
     }
-    /* Without O_DIRECT the page cache copies, whatever the opcode. */
-    batch->way = !batch->source->is_direct ? WAY_BUFFERED : fixed ? WAY_FILE_FIXED : WAY_FILE_DIRECT;
+    batch->way = way_of(batch->source, fixed);
     return send_batches(self, batch, 1, user_data);
 }
 
@@ -1121,4 +1137,79 @@ PyObject *
 ring_submit_reads_fixed(Ring *self, PyObject *args, PyObject *kwargs)
 {
     return submit_file_reads(self, args, kwargs, true);
+}
+
+/* ---- _submit_files ----------------------------------------------------------------------- */
+
+/* Read `index` of the arrays as a batch of its own. -1 with an exception; batch_clear ends it. */
+static int
+file_batch(Ring *self, struct batch *batch, PyObject *source, const struct read_arrays *arrays,
+           size_t index, bool fixed)
+{
+    batch->commands = batch->few;
+    batch->count = 1;
+    if (!Py_IS_TYPE(source, self->module->source_type)) {
+        PyErr_Format(PyExc_TypeError, "sources[%zu] must be a Source", index);
+        return -1;
+    }
+    batch->source = (Source *)Py_NewRef(source);
+    batch->way = way_of(batch->source, fixed);
+    return check_array_read(self, arrays, index, batch->few) < 0
+               ? -1
+               : settle_registered(self, batch, fixed);
+}
+
+static int
+send_files(Ring *self, PyObject *sources, const struct read_arrays *arrays, bool fixed,
+           PyObject *user_data)
+{
+    const size_t n = (size_t)PyTuple_GET_SIZE(sources);
+    if (n != (size_t)arrays->offsets.len / 8) {
+        PyErr_Format(PyExc_ValueError, "%zu sources and %zd reads: give one of each", n,
+                     arrays->offsets.len / 8);
+        return -1;
+    }
+    struct batch *batches = PyMem_Calloc(n, sizeof(*batches));
+    if (batches == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    int failed = 0;
+    size_t filled = 0;
+    while (filled < n && !failed) {
+        failed = file_batch(self, &batches[filled], PyTuple_GET_ITEM(sources, (Py_ssize_t)filled),
+                            arrays, filled, fixed);
+        filled++;
+    }
+    if (!failed) {
+        failed = send_batches(self, batches, n, user_data);
+    }
+    while (filled > 0) {
+        batch_clear(&batches[--filled]);
+    }
+    PyMem_Free(batches);
+    return failed;
+}
+
+/* _submit_files(sources, file_offsets, nbytes, target_offsets, fixed, user_data): one read of each source,
+ * none of which is registered, since a file of a dataset is read once. */
+PyObject *
+ring_submit_files(Ring *self, PyObject *args)
+{
+    PyObject *sources, *file_offsets, *nbytes, *target_offsets, *user_data;
+    struct read_arrays arrays = {0};
+    int fixed, failed = -1;
+    if (!PyArg_ParseTuple(args, "O!OOOpO:_submit_files", &PyTuple_Type, &sources, &file_offsets,
+                          &nbytes, &target_offsets, &fixed, &user_data) ||
+        ring_check_caller(self) < 0) {
+        return NULL;
+    }
+    if (read_arrays_get(self, &arrays, file_offsets, nbytes, target_offsets) == 0) {
+        failed = send_files(self, sources, &arrays, fixed, user_data);
+    }
+    read_arrays_release(&arrays);
+    if (failed) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
 }

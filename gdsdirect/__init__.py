@@ -7,7 +7,15 @@ from gdsdirect._nvme_sqe import (
     encode_nvme_read_sqes,
 )
 from gdsdirect.check import Check, Evidence, PathReport, Status, Target, Trial, Verdict
-from gdsdirect.errors import NvmeStatusError, RingUnavailableError, ShortReadError
+from gdsdirect.chunks import Chunk, ChunkStream, StreamProgress, stream_files
+from gdsdirect.errors import (
+    NvmeStatusError,
+    RingUnavailableError,
+    ShortReadError,
+    WayClosedError,
+)
+from gdsdirect.file import File
+from gdsdirect.file import open as open
 from gdsdirect.memory import GpuMappedBuffer, MemoryKind
 from gdsdirect.namespace import Geometry, Namespace
 from gdsdirect.nvidia_fs import NvidiaFsGpu, NvidiaFsStats, parse_nvidia_fs_stats
@@ -28,19 +36,24 @@ from gdsdirect.stream import (
 )
 from gdsdirect.survey import Survey, survey
 from gdsdirect.tensor import Tensor
+from gdsdirect.transfer import ReadResult
 
 probe = GpuDirectCapability.probe
 
+# Without `open`, so that `from gdsdirect import *` leaves Python's own in place.
 __all__ = [
     "COMPLETION_FORMAT",
     "NVME_CMD_READ",
     "AsyncUringStream",
     "Available",
     "Check",
+    "Chunk",
+    "ChunkStream",
     "Completion",
     "DataPath",
     "Evidence",
     "FeatureDisabled",
+    "File",
     "Geometry",
     "GpuDirectCapability",
     "GpuMappedBuffer",
@@ -50,9 +63,11 @@ __all__ = [
     "NvidiaFsStats",
     "NvmeStatusError",
     "PathReport",
+    "ReadResult",
     "RingUnavailableError",
     "ShortReadError",
     "Status",
+    "StreamProgress",
     "StreamStats",
     "Survey",
     "Target",
@@ -61,11 +76,13 @@ __all__ = [
     "Unavailable",
     "UnavailableReason",
     "Verdict",
+    "WayClosedError",
     "WayStats",
     "decode_nvme_read_sqe",
     "encode_nvme_read_sqe",
     "encode_nvme_read_sqes",
     "parse_nvidia_fs_stats",
     "probe",
+    "stream_files",
     "survey",
 ]

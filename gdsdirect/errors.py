@@ -10,6 +10,7 @@ import errno
 import functools
 import importlib
 import os
+from collections.abc import Mapping
 from types import ModuleType
 
 # Completion Queue Entry status field as io_uring hands it on in cqe->res (Linux uapi, enum
@@ -301,6 +302,22 @@ class RingUnavailableError(RuntimeError):
             "liburing; there, run `apt-get install liburing-dev` and reinstall gdsdirect without "
             "GDSDIRECT_URING_CMD=0"
         )
+
+
+class WayClosedError(OSError):
+    """None of the ways that `require=` allows is open. `obstacles` has what stands in each's.
+
+    >>> WayClosedError("weights", {"FILE_FIXED": "its file system takes no O_DIRECT"}).strerror
+    'no way that may be taken is open: FILE_FIXED, its file system takes no O_DIRECT'
+    """
+
+    def __init__(self, path: str, obstacles: Mapping[str, str]) -> None:
+        listed = "; ".join(f"{way}, {why}" for way, why in obstacles.items())
+        super().__init__(errno.EOPNOTSUPP, f"no way that may be taken is open: {listed}", path)
+        self.obstacles = dict(obstacles)
+
+    def __reduce__(self) -> tuple[type[WayClosedError], tuple[str, dict[str, str]]]:
+        return type(self), (self.filename, self.obstacles)
 
 
 def ring_module() -> ModuleType:

@@ -1,169 +1,208 @@
-"""The bytes of a namespace, block device or file, and the choice of the way they go."""
+"""open() and File: the bytes of a file, block device or namespace, by the best way there is."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import stat
-from array import array
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Self
 
-from gdsdirect._nvme_sqe import encode_nvme_read_sqes
-from gdsdirect.errors import ring_module
-from gdsdirect.namespace import Namespace
-from gdsdirect.stream import DataPath
+from gdsdirect.chunks import ChunkStream, stream_of
+from gdsdirect.lane import lane_of
+from gdsdirect.memory import GpuMappedBuffer
+from gdsdirect.origin import Origin
+from gdsdirect.plan import Range
+from gdsdirect.supply import GRAIN, OneFile
+from gdsdirect.transfer import ReadResult, Require, Transfer, finish, finish_async, permitted
 
 if TYPE_CHECKING:
-    from gdsdirect._uring_cmd import Source
-    from gdsdirect.stream import AsyncUringStream
+    from typing_extensions import Buffer
 
-_PIECE = 1 << 20  # bytes of one read of a file: large enough that its overhead doesn't show
-_DIRECT_ALIGNMENT = 4096  # bytes; what O_DIRECT wants of offset, size and address at the most
+    from gdsdirect._uring_cmd import Source
+
+
+def open(path: str | bytes | os.PathLike[str] | os.PathLike[bytes], *, direct: bool = True) -> File:
+    """Open a file, a block device or an NVMe namespace (/dev/ngXnY) for reading.
+
+    With `direct=False` it is read through the page cache, which may have it already.
+
+    OSError (FileNotFoundError, PermissionError, ...) for what can't be opened, ValueError for what
+    is none of these, RingUnavailableError where gdsdirect has no io_uring part.
+
+    >>> import gdsdirect
+    >>> with gdsdirect.open(gdsdirect.__file__) as file:
+    ...     text = bytearray(32)
+    ...     result = file.read_into(text, size=32)
+    >>> bytes(text[:30])
+    b'\"\"\"Reads NVMe into GPU-visible'
+    """
+    return File(path, direct=direct)
 
 
 class File:
-    """What `path` names, open for reading: an NVMe namespace (/dev/ngXnY), a block device, a file.
+    """What `open` returns. `path` is what was given, `size` the bytes that there are now.
 
-    A namespace is read by passthrough; everything else with O_DIRECT where its file system takes
-    that, into the registered buffer if there is one; and else, or with `direct=False`, through the
-    page cache, which may have it already. `why` says what stands in the way of a better one, or is
-    None.
-
-    `size` is in bytes. Reads start and end at multiples of `alignment`, in the file and in the
-    buffer; only the file's end may lie between.
+    All calls may be made from any thread. A read that is given up (a timeout, an interrupt, a
+    cancelled task) may write into its buffer until it comes back: the next read into that buffer
+    waits for it, and the buffer can't be closed before.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, direct: bool = True) -> None:
-        self.path = os.fspath(path)
-        self.why: str | None = None
-        self._namespace: Namespace | None = None
-        mode = os.stat(self.path).st_mode
-        if stat.S_ISCHR(mode):
-            self._namespace = Namespace(self.path)
-            self.alignment = self._namespace.lba_size
-            self.size = self._namespace.capacity * self._namespace.lba_size
-            return
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            raise ValueError(
-                f"{self.path} is neither a file nor a device: give an NVMe namespace (/dev/ngXnY), "
-                "a block device or a regular file"
-            )
-        # The ring finds it by this name, and registers the file as long as it is open.
-        self._source = self._open(direct)
-        self.alignment = _DIRECT_ALIGNMENT if self.why is None else 1
-        try:
-            self.size = os.lseek(self._source.fileno(), 0, os.SEEK_END)
-        except OSError as error:
-            self._source.close()
-            text = f"{error.strerror}: a file without an end can't be read, such as those in /proc"
-            raise OSError(error.errno, text, self.path) from None
+    def __init__(
+        self,
+        path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
+        *,
+        direct: bool = True,
+    ) -> None:
+        self.path = os.fsdecode(path)
+        self._origin = Origin(self.path, direct=direct)
+        self._source: Source = self._origin.source  # a stream finds it by this name (csrc/submit.c)
 
-    def _open(self, direct: bool) -> Source:
-        if direct:
-            try:
-                source = self._open_with(os.O_DIRECT)
-            except OSError as error:
-                self.why = f"its file system takes no O_DIRECT ({error.strerror})"
-            else:
-                if source.direct:
-                    return source
-                source.close()
-                self.why = "its file system keeps files in memory, and copies in spite of O_DIRECT"
-        else:
-            self.why = "it was opened with direct=False"
-        return self._open_with(0)  # raises where more than O_DIRECT is in the way
-
-    def _open_with(self, flag: int) -> Source:
-        ring = ring_module()
-        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | flag)
-        source: Source = ring.Source(fd, self.path)
-        return source
-
-    def way(self, stream: AsyncUringStream) -> DataPath:
-        """The way that bytes will go into the stream's buffer."""
-        if self._namespace is not None:
-            return DataPath.NVME_PASSTHROUGH
-        if self.why is not None:
-            return DataPath.BUFFERED
-        return DataPath.FILE_FIXED if stream.registered else DataPath.FILE_DIRECT
+    @property
+    def size(self) -> int:
+        """Bytes: of a file, those that it has now."""
+        self.fileno()
+        return self._origin.size
 
     def read_into(
         self,
-        stream: AsyncUringStream,
+        buffer: Buffer,
         *,
-        offset: int,
-        nbytes: int,
+        offset: int = 0,
+        size: int | None = None,
         target_offset: int = 0,
+        require: Require = None,
         timeout: float | None = None,
-    ) -> int:
-        """Read `nbytes` from `offset` into the stream's buffer at `target_offset`, and wait.
+    ) -> ReadResult:
+        """Read `size` bytes from `offset` into `buffer` at `target_offset`, and wait for them.
 
-        Returns the bytes read: fewer than `nbytes` only where the file ends. The stream must have
-        nothing else in flight. Raises the first error of any of the reads, once all are done, and
-        TimeoutError if they are not within `timeout` seconds.
+        `buffer` is a GpuMappedBuffer, or any writable contiguous memory (a bytearray, a NumPy
+        array), which then is prepared anew for each read. Without `size` all from `offset` to the
+        end of the file is read, and must fit. Fewer bytes come only where the file ends before.
+        Any numbers go; direct reads are of whole blocks, and for the parts of blocks at both ends
+        a copy is made, which `bounce_bytes` counts.
+
+        `require` is the way, or the ways, that the bytes may take: WayClosedError where none of
+        them is open. Without it the best open one is taken, and the result says which.
+
+        ValueError for numbers that the buffer or the file doesn't hold, NvmeStatusError for a
+        status of the drive's, another OSError for an errno of the kernel's, TimeoutError after
+        `timeout` seconds; nothing is known of the buffer's bytes then.
         """
-        nbytes = min(nbytes, self.size - offset)
-        if self._namespace is not None:
-            count = self._submit_commands(self._namespace, stream, offset, nbytes, target_offset)
-        else:
-            count = self._submit_reads(stream, offset, nbytes, target_offset)
-        done = sorted(stream.wait(count, timeout), key=lambda completion: completion.user_data)
-        if len(done) < count:
-            raise TimeoutError(f"{self.path}: the read did not come back in {timeout:g} s")
-        # All but the last must be whole; the last may be asked beyond the end, up to its alignment.
-        whole = sum(completion.result() for completion in done[:-1])
-        for last in done[-1:]:
-            if whole + last.nbytes < nbytes:
-                last.result()
-        return max(nbytes, 0)
+        with _memory(buffer) as memory:
+            wanted = self._range(memory, offset, size, target_offset)
+            transfer = Transfer(self._origin, lane_of(memory, None), permitted(require))
+            try:
+                return finish(transfer.read(wanted), timeout)
+            except TimeoutError as error:
+                if error.errno is not None:  # the drive's or the kernel's own
+                    raise
+                text = f"{self.path}: {wanted.size} bytes did not come in {timeout} s"
+                raise TimeoutError(text) from None
 
-    def _submit_commands(
+    async def read_into_async(
         self,
-        namespace: Namespace,
-        stream: AsyncUringStream,
-        offset: int,
-        nbytes: int,
-        target_offset: int,
-    ) -> int:
-        lba_size, most = namespace.lba_size, namespace.safe_transfer
-        starts = range(0, nbytes, most)
-        address = stream.buffer.address + target_offset
-        commands = encode_nvme_read_sqes(
-            namespace.nsid,
-            array("Q", [(offset + start) // lba_size for start in starts]),
-            array("I", [min(most, nbytes - start) // lba_size for start in starts]),
-            array("Q", [address + start for start in starts]),
-        )
-        return len(stream.submit_nvme_passthrough(namespace, commands))
+        buffer: Buffer,
+        *,
+        offset: int = 0,
+        size: int | None = None,
+        target_offset: int = 0,
+        require: Require = None,
+    ) -> ReadResult:
+        """`read_into` for asyncio: other tasks run meanwhile."""
+        import asyncio
 
-    def _submit_reads(
-        self, stream: AsyncUringStream, offset: int, nbytes: int, target_offset: int
-    ) -> int:
-        submit = stream.submit_reads_fixed if stream.registered else stream.submit_reads
-        starts = range(0, nbytes, _PIECE)
-        tokens = submit(
-            self,
-            array("Q", [offset + start for start in starts]),
-            array("I", [self._aligned(min(_PIECE, nbytes - start)) for start in starts]),
-            array("Q", [target_offset + start for start in starts]),
-        )
-        return len(tokens)
+        with _memory(buffer) as memory:
+            wanted = self._range(memory, offset, size, target_offset)
+            lane = lane_of(memory, asyncio.get_running_loop())
+            return await finish_async(Transfer(self._origin, lane, permitted(require)).read(wanted))
 
-    def _aligned(self, nbytes: int) -> int:
-        return nbytes + -nbytes % self.alignment
+    def stream(
+        self,
+        buffer: Buffer,
+        *,
+        chunk_size: int | None = None,
+        offset: int = 0,
+        size: int | None = None,
+        require: Require = None,
+    ) -> ChunkStream:
+        """Iterate `size` bytes from `offset` in chunks that land in slots of `buffer`, in order.
+
+        For `for` and for `async for`. As many chunks are read ahead as there are slots, and a slot
+        is used again when its chunk was released or dropped, so hold fewer than there are. Chunks
+        have `chunk_size` bytes (1 MiB, or less in a buffer of less than 8), but for the last one.
+
+        ValueError where the buffer has no room for one, else the errors of `read_into`.
+        """
+        if offset < 0 or (size is not None and size < 0):
+            raise ValueError(f"offset is {offset}, size {size}: give bytes, 0 or more")
+        have = max(0, self.size - offset)
+        whole = Range(offset, have if size is None else min(size, have), 0)
+        ways = permitted(require)
+        return stream_of(
+            buffer,
+            chunk_size,
+            lambda most: OneFile(self._origin, whole, most, ways),
+            aligned=offset % GRAIN == 0,
+        )
+
+    def _range(
+        self, memory: GpuMappedBuffer, offset: int, size: int | None, target_offset: int
+    ) -> Range:
+        """What is to be read, checked against the buffer."""
+        for name, value in (("offset", offset), ("target_offset", target_offset), ("size", size)):
+            if value is not None and value < 0:
+                raise ValueError(f"{name} is {value}: give bytes, 0 or more")
+        room = memory.nbytes - target_offset
+        if room < 0:
+            raise ValueError(f"target_offset is {target_offset}: outside of {memory!r}")
+        have = max(0, self.size - offset)
+        if size is None and have > room:
+            raise ValueError(
+                f"{self.path} has {have} bytes from offset {offset} on, and the buffer has room "
+                f"for {room}: give size=, or a larger buffer"
+            )
+        if size is not None and size > room:
+            raise ValueError(
+                f"size is {size}: the buffer has {memory.nbytes} bytes, and room for {room} from "
+                f"target_offset {target_offset} on"
+            )
+        return Range(offset, have if size is None else size, target_offset)
+
+    # ---- The end
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._source.closed
 
     def fileno(self) -> int:
-        """The descriptor, still owned by this object; ValueError once closed."""
-        return self._namespace.fileno() if self._namespace is not None else self._source.fileno()
+        """The open file descriptor, still owned by this object; ValueError once closed."""
+        return self._source.fileno()
 
     def close(self) -> None:
-        """Close the file."""
-        if self._namespace is not None:
-            self._namespace.close()
-        else:
-            self._source.close()
+        """Close the file; reads in flight are not disturbed. More than once is harmless."""
+        self._origin.close()
 
     def __enter__(self) -> Self:
+        self.fileno()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        return f"<File {self.path!r}{', closed' if self.closed else ''}>"
+
+
+@contextlib.contextmanager
+def _memory(buffer: Buffer) -> Iterator[GpuMappedBuffer]:
+    """`buffer` as memory for a drive, prepared for the time being if it isn't yet."""
+    if isinstance(buffer, GpuMappedBuffer):
+        yield buffer
+        return
+    memory = GpuMappedBuffer.from_object(buffer)
+    try:
+        yield memory
+    finally:
+        with contextlib.suppress(BufferError):  # what was given up is in flight: see lane.py
+            memory.close()

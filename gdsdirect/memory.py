@@ -10,6 +10,7 @@ import stat
 from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from weakref import WeakKeyDictionary
 
 from gdsdirect.errors import ring_type
 from gdsdirect.sysfs import Sysfs
@@ -56,8 +57,11 @@ class GpuMappedBuffer(Memory):
     (8192, 'HOST_VISIBLE', 0)
     """
 
-    __slots__ = ("__weakref__", "_kind")
+    __slots__ = ("__weakref__", "_kind", "_lanes", "_made_of")
     _kind: MemoryKind
+    _made_of: tuple[object, int, int]
+    # The rings of File, which is above this module: by the event loop that each belongs to.
+    _lanes: WeakKeyDictionary[Any, Any]
 
     @classmethod
     def _map(cls, kind: MemoryKind, mapped: Callable[[int], Buffer]) -> Self:
@@ -75,7 +79,16 @@ class GpuMappedBuffer(Memory):
     def _make(cls, kind: MemoryKind, owner: object, *, address: int = 0, nbytes: int = 0) -> Self:
         self = cls(owner, address, nbytes)
         self._kind = kind
+        self._made_of = (owner, address, nbytes)
+        self._lanes = WeakKeyDictionary()
         return self
+
+    def _twin(self) -> GpuMappedBuffer:
+        """The same memory once more: what uses it keeps the memory, and not this buffer."""
+        if self.closed:
+            raise ValueError("the memory is closed")
+        owner, address, nbytes = self._made_of
+        return GpuMappedBuffer._make(self._kind, owner, address=address, nbytes=nbytes)
 
     @classmethod
     def from_bar1_peer(
@@ -196,6 +209,18 @@ class GpuMappedBuffer(Memory):
                     "writable, contiguous memory"
                 )
         return cls._make(MemoryKind.HOST_VISIBLE, obj)
+
+    def close(self) -> None:
+        """Let go of the memory.
+
+        Raises BufferError while a stream or a view uses it, or a read into it is in flight. A
+        second call does nothing.
+        """
+        for lane in list(self._lanes.values()):
+            lane.close()
+        self._lanes.clear()
+        super().close()
+        self._made_of = (None, 0, 0)
 
     @property
     def kind(self) -> MemoryKind:

@@ -16,7 +16,7 @@ from typing import Any
 from gdsdirect.file import File
 from gdsdirect.host import opened
 from gdsdirect.memory import GpuMappedBuffer
-from gdsdirect.stream import AsyncUringStream, DataPath
+from gdsdirect.stream import DataPath
 
 _MOST = 16 << 10  # bytes of a trial: some pages, and little enough to be done while others work
 _TIMES = 3  # that a trial is repeated where the bytes change under it
@@ -88,18 +88,13 @@ def _pread(path: str, flags: int) -> bytes:
 
 
 def _by(way: DataPath, path: str, nbytes: int, allocate: str | None, filling: bytes) -> bytes:
-    with contextlib.ExitStack() as stack:
-        buffer = stack.enter_context(
-            GpuMappedBuffer.from_host_visible(_MOST)
-            if allocate is None
-            else GpuMappedBuffer.from_bar1_peer(allocate, _MOST)
-        )
-        registered = way is DataPath.FILE_FIXED
-        stream = stack.enter_context(AsyncUringStream(buffer, depth=8, register=registered))
-        with buffer.view() as view:
-            view[:nbytes] = filling
-            file = stack.enter_context(File(path, direct=way is not DataPath.BUFFERED))
-            if file.way(stream) is not way:
-                raise ValueError(f"the way would be {file.way(stream).name}, since {file.why}")
-            file.read_into(stream, offset=0, nbytes=nbytes, timeout=_PATIENCE)
-            return bytes(view[:nbytes])
+    with (
+        GpuMappedBuffer.from_host_visible(_MOST)
+        if allocate is None
+        else GpuMappedBuffer.from_bar1_peer(allocate, _MOST) as buffer,
+        File(path) as file,
+        buffer.view() as view,
+    ):
+        view[:nbytes] = filling
+        file.read_into(buffer, size=nbytes, require=way, timeout=_PATIENCE)
+        return bytes(view[:nbytes])

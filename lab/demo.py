@@ -166,7 +166,6 @@ def _show(
         )
         good = good and equal and proven
         into = "peer memory" if row["peer"] else "host memory"
-        into += ", registered" if row["registered"] else ""
         verdict = "yes" if equal else f"NO: {row['error'] or row['sha256']}"
         table.add_row(row["way"], into, f"{row['nbytes']:,}", verdict, _share(proof))
     Console(width=120 if not sys.stdout.isatty() else None).print(table)

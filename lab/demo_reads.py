@@ -13,13 +13,8 @@ import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gdsdirect import (
-    AsyncUringStream,
-    GpuMappedBuffer,
-    Namespace,
-    encode_nvme_read_sqe,
-)
-from gdsdirect.file import File
+import gdsdirect
+from gdsdirect import AsyncUringStream, DataPath, GpuMappedBuffer, Namespace, encode_nvme_read_sqe
 
 BUFFER = 8 << 20
 FIRST_MARKER = 4096
@@ -27,35 +22,29 @@ FIRST_MARKER = 4096
 
 @dataclass
 class Row:
-    """One way. `way` is what the stream's own counters say was taken, `peer` whether the target was
-    peer memory, `registered` whether it was registered with the kernel."""
+    """One way. `way` is what gdsdirect says was taken, `peer` whether it led to peer memory."""
 
     peer: bool
     way: str = ""
-    registered: bool = False
     nbytes: int = 0
     sha256: str = ""
     error: str = ""
 
 
-def read_all(path: str, size: int, buffer: GpuMappedBuffer, registered: bool, row: Row) -> None:
-    digest = hashlib.sha256()
-    with (
-        File(path) as file,
-        AsyncUringStream(buffer, register=registered) as stream,
-        buffer.view() as view,
-    ):
+def read_all(path: str, size: int, buffer: GpuMappedBuffer, row: Row) -> None:
+    digest, ways = hashlib.sha256(), set[DataPath]()
+    with gdsdirect.open(path) as file, buffer.view() as view:
         for start in range(0, min(size, file.size), buffer.nbytes):
             nbytes = min(buffer.nbytes, size - start)
-            row.nbytes += file.read_into(stream, offset=start, nbytes=nbytes)
-            digest.update(view[:nbytes])
-        stats = stream.stats
-        row.way = ", ".join(way.name for way, counts in stats.ways.items() if counts.submitted)
-        row.registered = stats.registered == stats.submitted
+            result = file.read_into(buffer, offset=start, size=nbytes)
+            digest.update(view[: result.nbytes])
+            ways.update(result.ways)
+            row.nbytes += result.nbytes
+    row.way = ", ".join(way.name for way in ways)
     row.sha256 = digest.hexdigest()
 
 
-def one_way(path: str, size: int, peer: str | None, registered: bool) -> Row:
+def one_way(path: str, size: int, peer: str | None) -> Row:
     row = Row(peer=peer is not None)
     try:
         with (
@@ -63,7 +52,7 @@ def one_way(path: str, size: int, peer: str | None, registered: bool) -> Row:
             if peer
             else GpuMappedBuffer.from_host_visible(BUFFER)
         ) as buffer:
-            read_all(path, size, buffer, registered, row)
+            read_all(path, size, buffer, row)
     except (OSError, ValueError, RuntimeError) as error:
         row.error = str(error)
     return row
@@ -99,20 +88,12 @@ def all_ways(
     namespace: str, file: str, peer: str | None, size: int, marks: Marks | None = None
 ) -> list[dict[str, object]]:
     """Every way that there is; those into peer memory only where there is some."""
-    ways = [
-        (namespace, peer, False),
-        (namespace, None, False),
-        (namespace, None, True),
-        (file, peer, False),
-        (file, None, True),
-    ]
-    if peer is None:
-        ways = [ways[1], ways[2], ways[4]]
     rows = []
-    for path, target, registered in ways:
-        print(f"{path} into {'peer' if target else 'host'} memory …", flush=True)
-        with marks or contextlib.nullcontext():
-            rows.append(asdict(one_way(path, size, target, registered)))
+    for path in (namespace, file):
+        for target in (peer, None) if peer else (None,):
+            print(f"{path} into {'peer' if target else 'host'} memory …", flush=True)
+            with marks or contextlib.nullcontext():
+                rows.append(asdict(one_way(path, size, target)))
     return rows
 
 

@@ -72,6 +72,8 @@ def test_without_the_ring_it_imports_and_packs(without_ring: Path) -> None:
         "gdsdirect.GpuMappedBuffer.from_host_visible(4096)",
         "gdsdirect.GpuMappedBuffer.from_object(bytearray(4096))",
         "gdsdirect.AsyncUringStream(None)",
+        "gdsdirect.open(gdsdirect.__file__)",
+        "next(gdsdirect.stream_files([gdsdirect.__file__], bytearray(8192)))",
         "gdsdirect.Namespace('/dev/null', geometry=gdsdirect.Geometry(1, 512, 8, 512))",
     ],
 )

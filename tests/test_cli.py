@@ -55,6 +55,17 @@ def test_sizes_have_units(data: Path) -> None:
     assert done.stdout == data.read_bytes()[16 << 10 :][: 1 << 20]
 
 
+def test_output_that_is_not_buffered(data: Path) -> None:
+    """A pipe then takes less than it is given, when a completion interrupts the call."""
+    done = subprocess.run(
+        [SCRIPT, "read", str(data), "--output", "-"],
+        capture_output=True,
+        timeout=60,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert done.stdout == data.read_bytes()
+
+
 def test_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     done = gdsdirect("read", str(tmp_path / "empty"), "--sha256")

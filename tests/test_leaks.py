@@ -30,23 +30,27 @@ from gdsdirect import (
     Completion,
     DataPath,
     FeatureDisabled,
+    File,
     Geometry,
     GpuDirectCapability,
     GpuMappedBuffer,
     MemoryKind,
     Namespace,
     NvmeStatusError,
+    ReadResult,
     RingUnavailableError,
     ShortReadError,
     StreamStats,
     Unavailable,
     UnavailableReason,
+    WayClosedError,
     WayStats,
     decode_nvme_read_sqe,
     encode_nvme_read_sqe,
     encode_nvme_read_sqes,
     parse_nvidia_fs_stats,
     probe,
+    stream_files,
     survey,
 )
 
@@ -621,6 +625,100 @@ def _completion(world: World) -> None:
     assert errors == 2
     fails(TypeError, Completion)
     fails(ValueError, Completion, world.stream, ())
+
+
+# ---- Files
+
+
+@calls("File", "File.close", "File.closed", "File.fileno", "File.size")
+def _open(world: World) -> None:
+    path = world.folder / "file"
+    for direct in (True, False):
+        file = gdsdirect.open(path, direct=direct)
+        with file:
+            repr((file, file.size, file.closed))
+            file.fileno()
+        file.close()
+        fails(ValueError, file.fileno)
+        fails(ValueError, lambda file=file: file.size)
+    File(os.fsencode(path))
+    fails(FileNotFoundError, File, world.folder / "missing")
+    fails(ValueError, File, world.folder)
+    fails(OSError, File, "/proc/version")
+    fails(TypeError, File, 3)
+
+
+@calls("File.read_into", "ReadResult", "WayClosedError")
+def _read_into(world: World) -> None:
+    target = bytearray(100)
+    with File(world.folder / "file") as file:
+        for way in (None, DataPath.FILE_DIRECT, DataPath.BUFFERED):
+            repr(file.read_into(world.buffer, offset=1, size=100, require=way))
+        file.read_into(target, size=100)
+        with pytest.raises(WayClosedError) as caught:
+            file.read_into(target, size=1, require=DataPath.CUFILE)
+        pickle.loads(pickle.dumps(caught.value))
+        fails(ValueError, file.read_into, target)
+        fails(ValueError, file.read_into, world.closed_buffer)
+        fails(ValueError, file.read_into, bytes(10))
+    ReadResult(1, DataPath.BUFFERED)
+
+
+@calls("File.read_into_async")
+def _read_into_async(world: World) -> None:
+    async def main() -> None:
+        with File(world.folder / "file") as file:
+            await file.read_into_async(world.buffer, offset=1, size=100)
+            await file.read_into_async(bytearray(100), size=100)
+            task = asyncio.create_task(file.read_into_async(world.buffer, size=200))
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await file.read_into_async(world.buffer, size=10)
+
+    world.loop.run_until_complete(main())
+
+
+@calls(
+    *("File.stream", "Chunk", "Chunk.release", "ChunkStream", "ChunkStream.close"),
+    *("ChunkStream.progress", "StreamProgress", "StreamProgress.rate"),
+)
+def _stream_chunks(world: World) -> None:
+    with File(world.folder / "file") as file:
+        with file.stream(world.buffer, chunk_size=50) as stream:
+            for chunk in stream:
+                repr((chunk, stream.progress, stream.progress.rate))
+                numpy.frombuffer(chunk.view, numpy.uint8)
+            chunk.release()
+        left = file.stream(world.buffer, chunk_size=50)
+        next(left)
+        del left
+        fails(ValueError, file.stream, world.buffer, chunk_size=0)
+        fails(ValueError, file.stream, bytearray(10))
+
+
+@calls("stream_files")
+def _stream_files(world: World) -> None:
+    paths = [world.folder / name for name in ("file", "missing", "stats")]
+    with stream_files(paths, world.buffer, chunk_size=1000) as stream:
+        next(stream)
+        fails(FileNotFoundError, next, stream)
+        next(stream)
+        fails(StopIteration, next, stream)
+
+
+@calls("ChunkStream.aclose")
+def _stream_async(world: World) -> None:
+    async def main() -> None:
+        with File(world.folder / "file") as file:
+            async with file.stream(world.buffer, chunk_size=50) as stream:
+                async for chunk in stream:
+                    chunk.release()
+            left = file.stream(world.buffer, chunk_size=50)
+            await anext(left)
+            await left.aclose()
+
+    world.loop.run_until_complete(main())
 
 
 # ---- What is measured

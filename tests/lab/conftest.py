@@ -2,11 +2,14 @@
 
 import contextlib
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import guest
 import pytest
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # reading.py is in there
 
 from gdsdirect import GpuMappedBuffer, Namespace
 

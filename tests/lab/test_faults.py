@@ -20,6 +20,7 @@ import guest
 import pytest
 from guest import DRIVES, VICTIMS
 
+import gdsdirect
 from gdsdirect import (
     AsyncUringStream,
     Completion,
@@ -200,6 +201,29 @@ def test_a_slow_drive_holds_up_no_other(data: Namespace, buffer: GpuMappedBuffer
         order = [completion.user_data for completion in stream.wait(128)]
         assert sorted(order) == [*slow_tokens, *fast_tokens]
         assert order.index(fast_tokens[-1]) < order.index(slow_tokens[32])
+
+
+def test_a_read_that_is_given_up(buffer: GpuMappedBuffer) -> None:
+    """It may write into its buffer until it comes back: so nobody gets the buffer before."""
+    drive = VICTIMS["slow"]
+    with (
+        GpuMappedBuffer.from_host_visible(65536) as target,
+        Namespace(drive.generic) as slow,
+        AsyncUringStream(buffer, register=False) as busy,
+        gdsdirect.open(drive.generic) as file,
+        gdsdirect.open(DRIVES["data"].generic) as other,
+    ):
+        # 100 reads, which take it half a second, stand before ours.
+        busy.submit_nvme_passthrough(slow, guest.packed(slow, [(0, 1)] * 100, buffer.address))
+        with pytest.raises(TimeoutError, match=r"65536 bytes did not come in 0\.05 s"):
+            file.read_into(target, size=65536, timeout=0.05)
+        with pytest.raises(BufferError, match="in flight: wait for them"):
+            target.close()
+        began = time.monotonic()
+        other.read_into(target, size=4096)
+        assert time.monotonic() > began + 0.05
+        guest.check(target, DRIVES["data"].image[:4096])
+        assert len(busy.wait(100)) == 100
 
 
 def test_a_drive_pulled_out(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import mmap
 import os
+import random
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,18 @@ from pathlib import Path
 import guest
 import pytest
 from guest import DRIVES, KIB, MIB
+from reading import random_range, read_and_compare
 from test_command_line import gdsdirect
 
-from gdsdirect import AsyncUringStream, DataPath, GpuMappedBuffer, MemoryKind, Namespace
+from gdsdirect import (
+    AsyncUringStream,
+    DataPath,
+    File,
+    GpuMappedBuffer,
+    MemoryKind,
+    Namespace,
+    WayClosedError,
+)
 
 Open = Callable[[str], Namespace]
 
@@ -165,6 +175,81 @@ def test_peer_memory_is_not_registered(mounted: Path, peer: GpuMappedBuffer) -> 
             stream.submit_read_fixed(file, 0, 4096, 0)
         assert stream.stats.submitted == 0
         guest.check(peer, before[:4096])
+
+
+# ---- gdsdirect.open
+
+
+@pytest.mark.parametrize("serial", ["data", "small"])
+def test_random_reads_of_a_namespace(serial: str, peer: GpuMappedBuffer) -> None:
+    """Whole blocks go straight into the peer's memory, and only the ends by way of the host's."""
+    drive, chance = DRIVES[serial], random.Random(serial)
+    size = drive.block_size
+    with File(drive.generic) as file, Namespace(drive.generic) as namespace:
+        most = namespace.safe_transfer // size
+        for _ in range(60):
+            offset, nbytes, target = random_range(chance, len(drive.image), peer.nbytes)
+            target -= (target - offset) % 4 if target >= 4 else 0
+            first, end = -(-offset // size), min(offset + nbytes, len(drive.image)) // size
+            straight = (target - offset) % 4 == 0 and first < end
+            if straight:
+                guest.record(peer, drive.nsid, guest.pieces(first, end - first, most))
+            result = read_and_compare(file, peer, drive.image, offset, nbytes, target)
+            assert result.path is DataPath.NVME_PASSTHROUGH
+            assert result.nbytes - result.bounce_bytes == (straight and (end - first) * size)
+
+
+def test_random_reads_of_a_file(mounted: Path, peer: GpuMappedBuffer) -> None:
+    path, chance = mounted / "model", random.Random("model")
+    model = (guest.FOLDER / "files/model").read_bytes()
+    with File(path) as file:
+        for _ in range(20):
+            offset = 4096 * chance.randrange(len(model) // 4096)
+            pages = min(chance.randrange(1, 30), (len(model) - offset) // 4096)
+            target = 4096 * chance.randrange(200)
+            head, tail = chance.choice([0, 1, 511]), chance.choice([0, 1, 511])
+            guest.record(peer, DRIVES["files"].nsid, extents_of(path, offset, 4096 * pages))
+            first, last = max(0, offset - head), min(len(model), offset + 4096 * pages + tail)
+            where = (first, last - first, max(0, target - (offset - first)))
+            if where[2] != target - (offset - first):
+                where = (offset, last - offset, target)
+            result = read_and_compare(file, peer, model, *where)
+            assert (result.path, result.why) == (DataPath.FILE_DIRECT, None)
+            assert result.nbytes - result.bounce_bytes == 4096 * pages
+
+
+def test_the_best_way_into_peer_memory(mounted: Path, peer: GpuMappedBuffer) -> None:
+    with File(mounted / "model") as file:
+        with pytest.raises(WayClosedError, match="FILE_FIXED, the kernel can't register peer"):
+            file.read_into(peer, size=4096, require=DataPath.FILE_FIXED)
+        model = (guest.FOLDER / "files/model").read_bytes()
+        result = read_and_compare(file, peer, model, 5, 70_000, 9, DataPath.BUFFERED)
+        assert (result.path, result.why) == (DataPath.BUFFERED, "require= asks for it")
+
+
+def test_a_drive_that_reaches_no_peer(peer: GpuMappedBuffer) -> None:
+    """Its files are copied, and the result says why; by passthrough there is nothing to copy."""
+    drive = DRIVES["far"]
+    with File(drive.disk) as file:
+        result = read_and_compare(file, peer, drive.image, 4096, 64 * KIB, 0)
+        assert result.path is DataPath.BUFFERED
+        assert "FILE_DIRECT was refused" in str(result.why)
+        assert "do not share a PCIe switch" in str(result.why)
+        with pytest.raises(OSError, match="do not share a PCIe switch"):
+            file.read_into(peer, size=4096, require=DataPath.FILE_DIRECT)
+    with File(drive.generic) as raw, pytest.raises(OSError, match="do not share a PCIe switch"):
+        raw.read_into(peer, size=4096)
+
+
+def test_a_file_in_chunks(mounted: Path, peer: GpuMappedBuffer) -> None:
+    path = mounted / "model"
+    model = (guest.FOLDER / "files/model").read_bytes()
+    for start in range(0, len(model), 128 * KIB):
+        size = min(128 * KIB, len(model) - start)
+        guest.record(peer, DRIVES["files"].nsid, extents_of(path, start, size))
+    with File(path) as file, file.stream(peer, chunk_size=128 * KIB) as stream:
+        assert b"".join(bytes(chunk.view) for chunk in stream) == model
+        assert set(stream.progress.ways) == {DataPath.FILE_DIRECT}
 
 
 # ---- The memory

@@ -1,0 +1,176 @@
+/*
+ * open_sources: many files opened in one batch, by IORING_OP_OPENAT on a ring that lives as long.
+ *
+ * Where directories and inodes are in the caches this saves the system calls; where they are not, the
+ * kernel's workers look several up at a time. Plain descriptors, and not entries of the ring's file
+ * table, since only those can be asked what they are.
+ */
+#include "module.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <liburing.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define OPENS 64 /* in flight together */
+
+struct opening {
+    const char *path; /* in the bytes object of its place in `encoded` */
+    int fd;           /* or -errno */
+    int64_t size;
+};
+
+/* A FIFO would wait for its writer: with O_NONBLOCK it does not. */
+static void
+prepare_open(struct io_uring *ring, struct opening *each, int flags)
+{
+    struct io_uring_sqe *sqe = io_uring_get_sqe(ring);
+    io_uring_prep_openat(sqe, AT_FDCWD, each->path, flags | O_NONBLOCK, 0);
+    io_uring_sqe_set_data(sqe, each);
+}
+
+/* Opens all, `OPENS` at a time. 0 or a positive errno of the ring's own, and then none is open. */
+static int
+open_all(struct opening *openings, size_t n, int flags)
+{
+    struct io_uring ring;
+    int result = io_uring_queue_init(OPENS, &ring, 0);
+    if (result < 0) {
+        return -result;
+    }
+    for (size_t sent = 0, done = 0; done < n;) {
+        while (sent < n && sent - done < OPENS) {
+            prepare_open(&ring, &openings[sent++], flags);
+        }
+        /* Submitted already or not: what is left of the queue goes with the next call. */
+        do {
+            result = io_uring_submit_and_wait(&ring, 1);
+        } while (result == -EINTR || result == -EAGAIN || result == -EBUSY);
+        struct io_uring_cqe *cqe;
+        unsigned head, seen = 0;
+        io_uring_for_each_cqe(&ring, head, cqe) {
+            ((struct opening *)io_uring_cqe_get_data(cqe))->fd = cqe->res;
+            seen++;
+        }
+        io_uring_cq_advance(&ring, seen);
+        done += seen;
+    }
+    io_uring_queue_exit(&ring);
+    return 0;
+}
+
+/* Regular files only, which are what a batch is for: others keep -EINVAL. */
+static void
+examine(struct opening *each, int flags)
+{
+    struct stat info;
+    if (each->fd < 0) {
+        return;
+    }
+    int failed = fstat(each->fd, &info) < 0 ? errno : !S_ISREG(info.st_mode) ? EINVAL : 0;
+    if (!failed && fcntl(each->fd, F_SETFL, flags) < 0) {
+        failed = errno;
+    }
+    if (failed) {
+        close(each->fd);
+        each->fd = -failed;
+        return;
+    }
+    each->size = info.st_size;
+}
+
+static PyObject *
+list_of_sources(PyTypeObject *type, struct opening *openings, PyObject *paths, int flags)
+{
+    const Py_ssize_t n = PyTuple_GET_SIZE(paths);
+    PyObject *list = PyList_New(n);
+    for (Py_ssize_t i = 0; list != NULL && i < n; i++) {
+        struct opening *each = &openings[i];
+        PyObject *item;
+        if (each->fd < 0) {
+            item = PyLong_FromLong(-each->fd);
+        }
+        else {
+            Source *source =
+                gdsdirect_source_own_fd(type, each->fd, flags, PyTuple_GET_ITEM(paths, i));
+            each->fd = source != NULL ? -1 : each->fd;
+            item = source != NULL
+                       ? Py_BuildValue("(NL)", (PyObject *)source, (long long)each->size)
+                       : NULL;
+        }
+        if (item == NULL) {
+            Py_CLEAR(list);
+            break;
+        }
+        PyList_SET_ITEM(list, i, item);
+    }
+    return list;
+}
+
+/* The paths as the file system has them, whose bytes live as long as the tuple that is returned. */
+static PyObject *
+encode_paths(PyObject *paths, struct opening *openings)
+{
+    const Py_ssize_t n = PyTuple_GET_SIZE(paths);
+    PyObject *encoded = PyTuple_New(n);
+    for (Py_ssize_t i = 0; encoded != NULL && i < n; i++) {
+        PyObject *path;
+        if (!PyUnicode_FSConverter(PyTuple_GET_ITEM(paths, i), &path)) {
+            Py_CLEAR(encoded);
+            break;
+        }
+        PyTuple_SET_ITEM(encoded, i, path);
+        openings[i] = (struct opening){.path = PyBytes_AS_STRING(path), .fd = -EBADF};
+    }
+    return encoded;
+}
+
+/* open_sources(paths, flags) -> for each path (Source, size), or the errno that it can't be opened with;
+ * EINVAL for what is no regular file. `flags` are those of open(2). */
+PyObject *
+gdsdirect_open_sources(PyObject *module, PyObject *args)
+{
+    struct module_state *state = PyModule_GetState(module);
+    PyObject *given, *list = NULL, *encoded = NULL;
+    int flags, failed;
+    if (!PyArg_ParseTuple(args, "Oi:open_sources", &given, &flags)) {
+        return NULL;
+    }
+    PyObject *paths = PySequence_Tuple(given);
+    if (paths == NULL) {
+        return NULL;
+    }
+    const size_t n = (size_t)PyTuple_GET_SIZE(paths);
+    struct opening *openings = PyMem_Calloc(n, sizeof(*openings));
+    if (openings == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    encoded = encode_paths(paths, openings);
+    if (encoded == NULL) {
+        goto done;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    failed = open_all(openings, n, flags);
+    for (size_t i = 0; i < n && !failed; i++) {
+        examine(&openings[i], flags);
+    }
+    Py_END_ALLOW_THREADS
+    if (failed) {
+        errno = failed;
+        PyErr_SetFromErrno(PyExc_OSError);
+        goto done;
+    }
+    list = list_of_sources(state->source_type, openings, paths, flags);
+    for (size_t i = 0; i < n && list == NULL; i++) {
+        if (openings[i].fd >= 0) {
+            close(openings[i].fd);
+        }
+    }
+done:
+    Py_XDECREF(encoded);
+    PyMem_Free(openings);
+    Py_DECREF(paths);
+    return list;
+}

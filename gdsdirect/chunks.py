@@ -1,0 +1,371 @@
+"""Chunks: a file, or many, in order through slots of one buffer, with reads in flight ahead.
+
+A slot is read into again only when the consumer has released its chunk, so that the memory needed
+is the buffer's, however much is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+from weakref import ref
+
+from gdsdirect.lane import Lane, Request, lane_of
+from gdsdirect.memory import GpuMappedBuffer
+from gdsdirect.plan import REGISTERED
+from gdsdirect.stream import DataPath
+from gdsdirect.supply import BATCH, GRAIN, Landed, Load, ManyFiles, Supply
+from gdsdirect.transfer import Require, permitted
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+
+    from typing_extensions import Buffer
+
+    from gdsdirect._uring_cmd import Memory
+
+_CHUNK = 1 << 20
+
+
+class Chunk:
+    """Some bytes of a file, in a slot of the buffer.
+
+    `view` is a memoryview of them (`numpy.frombuffer(chunk.view, …)`), `file` the file's path,
+    `offset` where they are in it, `nbytes` how many. `path` is the way they went, and `why` says
+    what stood in the way of a better one. The slot is the consumer's until `release()`, the end of
+    a `with`, the chunk's own end or the stream's; and as long as there is an array of `view`.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_memory",
+        "_slot",
+        "_stream",
+        "file",
+        "nbytes",
+        "offset",
+        "path",
+        "view",
+        "why",
+    )
+
+    def __init__(self, stream: ChunkStream, memory: Memory, landed: Landed) -> None:
+        self._stream: ChunkStream | None = stream
+        self._memory = memory
+        self.view = memoryview(memory)
+        self._slot, _, self.nbytes, self.file, self.offset, self.path, self.why = landed
+
+    def release(self) -> None:
+        """Give the slot back. More than once is harmless."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            self.view.release()
+            stream._put_back(self._slot, self._memory)
+            del self._memory
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        self.release()
+
+    def __repr__(self) -> str:
+        return f"<Chunk {self.nbytes} bytes of {self.file!r} at {self.offset}, {self.path.name}>"
+
+
+@dataclass(frozen=True)
+class StreamProgress:
+    """How far a stream is.
+
+    `nbytes` of `total` bytes (None where nobody knows yet) were handed out in `seconds`, and `ways`
+    tells which way they went. `in_flight` bytes are being read ahead of the consumer, who holds
+    `held` chunks.
+    """
+
+    nbytes: int
+    total: int | None
+    seconds: float
+    in_flight: int
+    held: int
+    ways: Mapping[DataPath, int]
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second, since the first chunk was asked for."""
+        return self.nbytes / self.seconds if self.seconds else 0.0
+
+
+class ChunkStream:
+    """An iterator of chunks, for `for` and `async for`; made by `File.stream` and `stream_files`.
+
+    To be closed when it isn't read to its end: by `with`, `async with` or `close()`.
+    """
+
+    def __init__(self, supply: Supply, buffer: GpuMappedBuffer, slots: Iterable[int]) -> None:
+        self._supply = supply
+        self._buffer = buffer
+        self._view = buffer.view()
+        self._free = deque(slots)
+        self._slots = len(self._free)
+        # So many are free before a load begins: small files would else go one by one.
+        self._enough = max(1, min(BATCH, self._slots // 4))
+        self._lane: Lane | None = None
+        self._ahead: deque[Load] = deque()
+        self._ready: deque[Landed] = deque()
+        # Of chunks that were released while there is an array of theirs.
+        self._lingering: dict[int, Memory] = {}
+        self._out: dict[int, ref[Chunk]] = {}  # the last of each slot
+        self._wanted: Callable[[], object] | None = None
+        self._begun = 0.0
+        self._nbytes = 0
+        self._ways: dict[DataPath, int] = {}
+        self._closed = False
+
+    @property
+    def progress(self) -> StreamProgress:
+        """How far it is now."""
+        ahead = list(self._ahead)
+        away = len(self._free) + len(self._ready) + sum(len(load.slots) for load in ahead)
+        return StreamProgress(
+            self._nbytes,
+            self._supply.total,
+            time.monotonic() - self._begun if self._begun else 0.0,
+            sum(load.nbytes for load in ahead),
+            self._slots - away,
+            dict(self._ways),
+        )
+
+    # ---- Slots
+
+    def _put_back(self, slot: int, memory: Memory) -> None:
+        if self._closed:  # an array has the memory by itself
+            return
+        if memory._in_use:
+            self._lingering[slot] = memory
+            return
+        self._free.append(slot)
+        if self._wanted is not None:
+            self._wanted()
+
+    def _collect_lingering(self) -> None:
+        for slot, memory in list(self._lingering.items()):
+            if not memory._in_use:
+                del self._lingering[slot]
+                self._free.append(slot)
+
+    # ---- Chunks
+
+    def _read_ahead(self, lane: Lane) -> None:
+        if self._lingering:
+            self._collect_lingering()
+        while len(self._free) >= self._enough or (self._free and not self._ahead):
+            load = self._supply.load(lane, self._free)
+            if load is None:
+                return
+            self._ahead.append(load)
+
+    def _deliver(self, load: Load) -> None:
+        self._ahead.popleft()
+        self._ready.extend(load.landed)
+        taken = {landed[0] for landed in load.landed}
+        self._free.extend(slot for slot in load.slots if slot not in taken)
+        if load.error is not None:
+            raise load.error
+
+    def _hand_out(self) -> Chunk:
+        landed = self._ready.popleft()
+        slot, begin, nbytes, _, _, way, _ = landed
+        self._nbytes += nbytes
+        self._ways[way] = self._ways.get(way, 0) + nbytes
+        chunk = Chunk(self, self._buffer._part(slot + begin, nbytes), landed)
+        self._out[slot] = ref(chunk)
+        return chunk
+
+    def _lane_for(self, loop: AbstractEventLoop | None) -> Lane:
+        if self._closed:
+            raise ValueError("the stream is closed")
+        lane = lane_of(self._buffer, loop)
+        if self._lane is None:
+            self._lane = lane
+            self._begun = time.monotonic()
+        elif self._lane is not lane:
+            raise RuntimeError("the stream is read by `for` or by one loop's `async for`, not both")
+        return lane
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Chunk:
+        lane = self._lane_for(None)
+        while True:
+            if self._supply.hungry:
+                self._supply.open()
+            self._read_ahead(lane)
+            if self._ready:
+                return self._hand_out()
+            if not self._ahead:
+                if self._supply.exhausted:
+                    raise StopIteration
+                raise BufferError(
+                    f"all {self._slots} slots of the buffer are held: release() chunks, read "
+                    "smaller ones, or give a larger buffer"
+                )
+            load = self._ahead[0]
+            while load.request is not None:
+                load.request.lane.wait(load.request, None)
+                load.advance()
+            self._deliver(load)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        lane = self._lane_for(loop)
+        while True:
+            if self._supply.hungry:
+                await loop.run_in_executor(None, self._supply.open)
+            self._read_ahead(lane)
+            if self._ready:
+                return self._hand_out()
+            if not self._ahead:
+                if self._supply.exhausted:
+                    raise StopAsyncIteration
+                await self._a_slot(loop)
+                continue
+            load = self._ahead[0]
+            while load.request is not None:
+                await load.request.lane.wait_async(load.request)
+                load.advance()
+            self._deliver(load)
+
+    async def _a_slot(self, loop: AbstractEventLoop) -> None:
+        """Until a chunk is released, by whatever thread."""
+        import asyncio
+
+        released = asyncio.Event()
+        self._wanted = lambda: loop.call_soon_threadsafe(released.set)
+        try:
+            while not self._free:
+                # Nobody tells when an array is gone.
+                timeout = 0.01 if self._lingering else None
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(released.wait(), timeout)
+                self._collect_lingering()
+        finally:
+            self._wanted = None
+
+    # ---- The end
+
+    def _give_up(self) -> list[Request]:
+        """What is in flight still."""
+        if self._closed:
+            return []
+        self._closed = True
+        for load in self._ahead:
+            load.close()
+        self._ahead.clear()
+        self._ready.clear()
+        for last in self._out.values():
+            chunk = last()
+            if chunk is not None:
+                chunk.release()
+        self._lingering.clear()
+        self._view.release()
+        return [] if self._lane is None else self._lane.abandoned
+
+    def close(self) -> None:
+        """Read nothing more, wait for what is in flight, and release all chunks.
+
+        After `async for`, what is in flight is left to the loop: see `aclose`.
+        """
+        for request in self._give_up():
+            if not request.lane.for_loop:
+                request.lane.wait(request, None)
+
+    async def aclose(self) -> None:
+        """The same for asyncio."""
+        for request in self._give_up():
+            await request.lane.wait_async(request)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.aclose()
+
+
+def stream_of(
+    buffer: Buffer, chunk_size: int | None, supply: Callable[[int], Supply], *, aligned: bool
+) -> ChunkStream:
+    """A stream through slots of `buffer`, for chunks of so many bytes.
+
+    `aligned` says that they begin at multiples of it in their file.
+    """
+    memory = buffer if isinstance(buffer, GpuMappedBuffer) else GpuMappedBuffer.from_object(buffer)
+    if chunk_size is None:
+        chunk_size = max(GRAIN, min(_CHUNK, memory.nbytes // 8 // GRAIN * GRAIN))
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}: give bytes, 1 or more")
+    # A chunk that begins in the midst of a block is read from the block's start.
+    grainy = not aligned or chunk_size % GRAIN
+    stride = -(-chunk_size // GRAIN) * GRAIN + (GRAIN if grainy else 0)
+    first = -memory.address % GRAIN
+    slots = [
+        slot
+        for slot in range(first, memory.nbytes - stride + 1, stride)
+        if slot // REGISTERED == (slot + stride - 1) // REGISTERED
+    ]
+    if not slots:
+        raise ValueError(
+            f"the buffer has {memory.nbytes} bytes, and no room for a chunk of {chunk_size} in "
+            "whole pages: give a smaller chunk_size, or a larger buffer"
+        )
+    return ChunkStream(supply(chunk_size), memory, slots)
+
+
+def stream_files(
+    paths: Iterable[str | bytes | os.PathLike[str] | os.PathLike[bytes]],
+    buffer: Buffer,
+    *,
+    chunk_size: int | None = None,
+    direct: bool = True,
+    require: Require = None,
+) -> ChunkStream:
+    """Iterate many files, in their order, in chunks that land in slots of `buffer`.
+
+    A file of at most `chunk_size` bytes is one chunk, also an empty one; larger ones are several.
+    Small files are opened and read in batches. The arguments are those of `open` and `File.stream`.
+    An error of one file is raised when it is that file's turn; the iterator then goes on with the
+    next one, if it is asked to.
+
+    >>> import gdsdirect, glob, os
+    >>> paths = sorted(glob.glob(os.path.dirname(gdsdirect.__file__) + "/*.py"))
+    >>> with gdsdirect.stream_files(paths, bytearray(1 << 20)) as stream:
+    ...     sizes = [chunk.nbytes for chunk in stream]
+    >>> sizes == [os.path.getsize(path) for path in paths]
+    True
+    """
+    ways = permitted(require)
+    return stream_of(
+        buffer,
+        chunk_size,
+        lambda size: ManyFiles(paths, size, ways, direct=direct),
+        aligned=True,
+    )

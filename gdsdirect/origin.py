@@ -1,0 +1,137 @@
+"""Origin: what a path is open as, and which ways lead from it into a buffer."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from gdsdirect.errors import ring_module
+from gdsdirect.lane import Lane
+from gdsdirect.memory import MemoryKind
+from gdsdirect.namespace import Namespace
+from gdsdirect.plan import SLOT
+from gdsdirect.stream import DataPath
+
+if TYPE_CHECKING:
+    from gdsdirect._uring_cmd import Source
+
+BEST_FIRST = (
+    DataPath.NVME_PASSTHROUGH,
+    DataPath.FILE_FIXED,
+    DataPath.FILE_DIRECT,
+    DataPath.CUFILE,
+    DataPath.BUFFERED,
+)
+
+_ALIGNMENT = 4096  # bytes; what O_DIRECT wants of offset, size and address at the most
+_DWORD = 4  # bytes; what NVMe wants of an address (PRP entries, Base Specification 2.0, 4.1.1)
+
+
+class Origin:
+    """A namespace, block device or file, open for reading.
+
+    `source` is what the ring reads from. `alignment` is what direct reads want of offsets and
+    sizes, `memory_alignment` of addresses, in bytes. `undirected` says why there is no direct way
+    of reading it as a file, or is None.
+    """
+
+    def __init__(self, path: str, *, direct: bool) -> None:
+        self.path = path
+        self.source: Source
+        self.namespace: Namespace | None = None
+        self.undirected: str | None = None
+        self._buffered: Source | None = None
+        mode = os.stat(path).st_mode
+        if stat.S_ISCHR(mode):
+            self.namespace = Namespace(path)
+            self.source = self.namespace._source
+            self.alignment = self.namespace.lba_size
+            self.memory_alignment = _DWORD
+            return
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise ValueError(
+                f"{path} is neither a file nor a device: give an NVMe namespace (/dev/ngXnY), "
+                "a block device or a regular file"
+            )
+        self.alignment = self.memory_alignment = _ALIGNMENT
+        self.source = self._open(direct)
+        try:
+            _ = self.size
+        except OSError as error:
+            self.close()
+            text = f"{error.strerror}: a file without an end can't be read, such as those in /proc"
+            raise OSError(error.errno, text, path) from None
+
+    # ---- Descriptors
+
+    def _open(self, direct: bool) -> Source:
+        if not direct:
+            self.undirected = "it was opened with direct=False"
+            return self._open_with(self.path, 0)
+        try:
+            source = self._open_with(self.path, os.O_DIRECT)
+        except OSError as error:
+            self.undirected = f"its file system takes no O_DIRECT ({error.strerror})"
+            return self._open_with(self.path, 0)  # raises where more than that is in the way
+        told = ring_module().direct_alignment(source.fileno())
+        if not source.direct:
+            self.undirected = (
+                "its file system keeps files in memory, and copies in spite of O_DIRECT"
+            )
+        elif told == (0, 0):
+            self.undirected = "its file system reads this file without O_DIRECT only"
+        elif told is not None:
+            self.memory_alignment, self.alignment = told[0], max(told)
+        if self.alignment > SLOT:
+            self.undirected = f"direct reads of it are multiples of {self.alignment} bytes"
+        if self.undirected is None:
+            return source
+        source.close()
+        return self._open_with(self.path, 0)
+
+    def _open_with(self, path: str, flag: int) -> Source:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flag)
+        source: Source = ring_module().Source(fd, self.path)
+        return source
+
+    @property
+    def buffered(self) -> Source:
+        """The file without O_DIRECT, opened anew when it is first asked for: the same file,
+        whatever the path means by then."""
+        if self.undirected is not None:
+            return self.source
+        if self._buffered is None:
+            self._buffered = self._open_with(f"/proc/self/fd/{self.source.fileno()}", 0)
+        return self._buffered
+
+    def close(self) -> None:
+        """Close what is open."""
+        for each in (self.namespace, self.source, self._buffered):
+            if each is not None:
+                each.close()
+
+    @property
+    def size(self) -> int:
+        """Bytes that there are now."""
+        if self.namespace is not None:
+            return self.namespace.capacity * self.namespace.lba_size
+        return os.lseek(self.source.fileno(), 0, os.SEEK_END)
+
+    # ---- Ways
+
+    def obstacle(self, way: DataPath, lane: Lane) -> str | None:
+        """What stands in the way, into the memory of this lane; None: it is open."""
+        if way is DataPath.CUFILE:
+            return "gdsdirect doesn't use NVIDIA's cuFile"
+        if (way is DataPath.NVME_PASSTHROUGH) != (self.namespace is not None):
+            if self.namespace is not None:
+                return "a namespace's character device is read by passthrough only"
+            return "it is not an NVMe namespace (/dev/ngXnY)"
+        if way in (DataPath.FILE_FIXED, DataPath.FILE_DIRECT) and self.undirected is not None:
+            return self.undirected
+        if way is DataPath.FILE_FIXED and not lane.ring.registered:
+            if lane.kind is MemoryKind.BAR1_PEER:
+                return "the kernel can't register peer memory"
+            return lane.why_unregistered
+        return None

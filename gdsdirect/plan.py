@@ -1,0 +1,103 @@
+"""Which reads make up a transfer: whole blocks into their place, the rest by way of a slot."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+SLOT = 16 << 10  # bytes of a slot
+REGISTERED = 1 << 30  # bytes of a registered buffer (csrc/ring.h); a read may not cross two
+
+
+class Range(NamedTuple):
+    """Bytes from `offset` on, and the place in the buffer where they go."""
+
+    offset: int
+    size: int
+    target: int
+
+
+class Bounced(NamedTuple):
+    """An aligned read into a slot: of its bytes, `wanted` begin `skip` bytes from its start."""
+
+    offset: int
+    size: int
+    skip: int
+    wanted: Range
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What reads are held to, in bytes.
+
+    Offsets and sizes are multiples of `alignment`, addresses of `memory_alignment`, which is no
+    larger, and no read is of more than `most`. `address` is the buffer's.
+    """
+
+    alignment: int
+    memory_alignment: int
+    most: int
+    address: int
+
+
+@dataclass
+class Plan:
+    """Reads into their place, as arrays for the ring, and those by way of a slot."""
+
+    offsets: array[int] = field(default_factory=lambda: array("Q"))
+    sizes: array[int] = field(default_factory=lambda: array("I"))
+    targets: array[int] = field(default_factory=lambda: array("Q"))
+    bounced: list[Bounced] = field(default_factory=list)
+
+    def range(self, index: int) -> Range:
+        """One of the reads into their place."""
+        return Range(self.offsets[index], self.sizes[index], self.targets[index])
+
+
+def plan_reads(ranges: Iterable[Range], rules: Rules, *, overrun: bool = False) -> Plan:
+    """The reads that bring `ranges`.
+
+    With `overrun` the buffer has room behind each range, up to the next multiple of the alignment,
+    that may be written.
+    """
+    plan = Plan()
+    alignment = rules.alignment
+    for offset, size, target in ranges:
+        end = offset + size
+        first = offset + -offset % alignment
+        last = end + -end % alignment if overrun else end - end % alignment
+        begins = target + first - offset
+        if first >= last or (rules.address + begins) % rules.memory_alignment:
+            _bounce(plan, Range(offset, size, target), rules)
+            continue
+        _bounce(plan, Range(offset, first - offset, target), rules)
+        _read(plan, Range(first, last - first, begins), rules)
+        _bounce(plan, Range(last, end - last, begins + last - first), rules)
+    return plan
+
+
+def _read(plan: Plan, whole: Range, rules: Rules) -> None:
+    offset, left, target = whole
+    while left > 0:
+        room = REGISTERED - target % REGISTERED
+        size = min(left, rules.most, room - room % rules.alignment)
+        if size == 0:  # a block that lies across two registered buffers
+            size = rules.alignment
+            _bounce(plan, Range(offset, size, target), rules)
+        else:
+            plan.offsets.append(offset)
+            plan.sizes.append(size)
+            plan.targets.append(target)
+        offset, left, target = offset + size, left - size, target + size
+
+
+def _bounce(plan: Plan, whole: Range, rules: Rules) -> None:
+    offset, left, target = whole
+    while left > 0:
+        skip = offset % rules.alignment
+        wanted = min(left, SLOT - skip)
+        size = skip + wanted + -(skip + wanted) % rules.alignment
+        plan.bounced.append(Bounced(offset - skip, size, skip, Range(offset, wanted, target)))
+        offset, left, target = offset + wanted, left - wanted, target + wanted

@@ -1,0 +1,256 @@
+"""Supply: what a stream reads next, as loads of one chunk or many, each into slots of a buffer."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from array import array
+from collections import deque
+from collections.abc import Collection, Generator, Iterable
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from gdsdirect.errors import ring_module
+from gdsdirect.lane import FilesReads, Lane, Request
+from gdsdirect.origin import Origin
+from gdsdirect.plan import Range
+from gdsdirect.stream import DataPath
+from gdsdirect.transfer import Transfer
+
+if TYPE_CHECKING:
+    from gdsdirect._uring_cmd import Source
+
+GRAIN = 4096  # bytes; slots begin and end at multiples of it, as almost all direct reads may
+BATCH = 32  # small files read in one batch, at most
+_OPENS = 256  # files opened in one batch
+
+Landed = tuple[int, int, int, str, int, DataPath, "str | None"]
+"""A chunk to be: slot, where in it the bytes begin, how many, file, offset, way, why."""
+
+
+class Load:
+    """Some chunks that are read together, and the request that they wait for now."""
+
+    def __init__(
+        self, steps: Generator[Request, None, list[Landed]], slots: list[int], nbytes: int
+    ) -> None:
+        self._steps = steps
+        self.slots = slots
+        self.nbytes = nbytes
+        self.request: Request | None = None
+        self.landed: list[Landed] = []
+        self.error: Exception | None = None
+        self.advance()
+
+    def advance(self) -> None:
+        """Take the next step; after the last one there is no request."""
+        self.request = None
+        try:
+            self.request = next(self._steps)
+        except StopIteration as stop:
+            self.landed = stop.value
+        except Exception as error:  # told when it is this load's turn
+            self.error = error
+
+    def close(self) -> None:
+        """Give up what is in flight."""
+        self._steps.close()
+
+
+class Supply(Protocol):
+    """Where loads come from."""
+
+    total: int | None
+    """Bytes in all; None where nobody knows."""
+
+    @property
+    def hungry(self) -> bool:
+        """Whether `open` has something to do."""
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether there are no more loads."""
+
+    def open(self) -> None:
+        """Make ready what the next loads are of. This may block."""
+
+    def load(self, lane: Lane, free: deque[int]) -> Load | None:
+        """The next load, into slots that it takes from `free`; None: nothing, for now."""
+
+
+class OneFile:
+    """The chunks of one origin; there is nothing to open."""
+
+    hungry = False
+
+    def __init__(
+        self,
+        origin: Origin,
+        whole: Range,
+        chunk_size: int,
+        require: Collection[DataPath] | None,
+        *,
+        even_if_empty: bool = False,
+    ) -> None:
+        self.total: int | None = whole.size
+        self._origin = origin
+        self._offset, self._end = whole.offset, whole.offset + whole.size
+        self._chunk_size = chunk_size
+        self._require = require
+        self._once = even_if_empty
+
+    @property
+    def exhausted(self) -> bool:
+        return self._offset >= self._end and not self._once
+
+    def open(self) -> None: ...
+
+    def load(self, lane: Lane, free: deque[int]) -> Load | None:
+        if self.exhausted:
+            return None
+        size = min(self._chunk_size, self._end - self._offset)
+        slot = free.pop()
+        load = Load(self._read(lane, self._offset, size, slot), [slot], size)
+        self._offset += size
+        self._once = False
+        return load
+
+    def _read(
+        self, lane: Lane, offset: int, size: int, slot: int
+    ) -> Generator[Request, None, list[Landed]]:
+        whole_blocks = self._origin.alignment <= GRAIN
+        begin = offset % self._origin.alignment if whole_blocks else 0
+        transfer = Transfer(self._origin, lane, self._require)
+        wanted = Range(offset - begin, size + begin, slot)
+        result = yield from transfer.read(wanted, overrun=whole_blocks)
+        there = max(0, result.nbytes - begin)
+        if there == 0 and size > 0:  # the file was cut off before
+            return []
+        return [(slot, begin, there, self._origin.path, offset, result.path, result.why)]
+
+
+class _Opened(NamedTuple):
+    path: str
+    source: Source | None
+    size: int
+
+
+class ManyFiles:
+    """The chunks of many files, of which small ones are opened and read in batches."""
+
+    total: int | None = None
+
+    def __init__(
+        self,
+        paths: Iterable[str | bytes | os.PathLike[str] | os.PathLike[bytes]],
+        chunk_size: int,
+        require: Collection[DataPath] | None,
+        *,
+        direct: bool,
+    ) -> None:
+        self._paths = map(os.fsdecode, paths)
+        self._chunk_size = chunk_size
+        self._require = require
+        self._direct = direct
+        self._opened: deque[_Opened] = deque()
+        self._large: OneFile | None = None
+        self._more = True
+
+    @property
+    def hungry(self) -> bool:
+        return self._more and not self._opened
+
+    @property
+    def exhausted(self) -> bool:
+        return not (self._more or self._opened or self._large)
+
+    def open(self) -> None:
+        paths = list(itertools.islice(self._paths, _OPENS))
+        self._more = len(paths) == _OPENS
+        flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if self._direct else 0)
+        for path, opened in zip(paths, ring_module().open_sources(paths, flags), strict=True):
+            source, size = (None, 0) if isinstance(opened, int) else opened
+            self._opened.append(_Opened(path, source, size))
+
+    def load(self, lane: Lane, free: deque[int]) -> Load | None:
+        if self._large is not None:
+            load = self._large.load(lane, free)
+            if self._large.exhausted:
+                self._large = None
+            return load
+        if not self._opened:
+            return None
+        way = _way(lane, self._direct)
+        if self._require is None or way in self._require:
+            some = self._batch(min(BATCH, len(free)))
+            if some:
+                slots = [free.pop() for _ in some]
+                nbytes = sum(each.size for each in some)
+                return Load(self._read(lane, way, some, slots), slots, nbytes)
+        try:
+            self._large = self._alone(self._opened.popleft())
+        except (OSError, ValueError) as error:
+            return Load(_raise(error), [], 0)
+        return self.load(lane, free)
+
+    def _batch(self, most: int) -> list[_Opened]:
+        """The next files, as far as there is nothing special about them."""
+        some: list[_Opened] = []
+        while self._opened and len(some) < most:
+            _, source, size = self._opened[0]
+            if source is None or source.direct != self._direct or not 0 < size <= self._chunk_size:
+                break
+            some.append(self._opened.popleft())
+        return some
+
+    def _alone(self, opened: _Opened) -> OneFile:
+        origin = Origin(opened.path, direct=self._direct)
+        whole = Range(0, origin.size, 0)
+        return OneFile(origin, whole, self._chunk_size, self._require, even_if_empty=True)
+
+    def _read(
+        self, lane: Lane, way: DataPath, some: list[_Opened], slots: list[int]
+    ) -> Generator[Request, None, list[Landed]]:
+        yield from lane.abandoned
+        grain = GRAIN if self._direct else 1
+        arrays = (
+            array("Q", bytes(8 * len(some))),
+            array("I", [size + -size % grain for _, _, size in some]),
+            array("Q", slots),
+        )
+        sources = tuple(each.source for each in some if each.source is not None)
+        request = FilesReads(lane, sources, arrays, fixed=lane.ring.registered)
+        try:
+            lane.start(request)
+            yield request
+        finally:
+            if request.left:
+                lane.abandon(request)
+        if request.error is not None:
+            raise request.error
+        why = "it was opened with direct=False" if not self._direct else lane.why_unregistered
+        landed: list[Landed] = [
+            (slot, 0, each.size, each.path, 0, way, why)
+            for slot, each in zip(slots, some, strict=True)
+        ]
+        for index, (_, nbytes) in request.short.items():
+            if nbytes < some[index].size:  # cut off meanwhile, or refused
+                landed[index] = yield from self._again(lane, some[index], slots[index])
+        return landed
+
+    def _again(self, lane: Lane, opened: _Opened, slot: int) -> Generator[Request, None, Landed]:
+        origin = Origin(opened.path, direct=self._direct)
+        transfer = Transfer(origin, lane, self._require)
+        result = yield from transfer.read(Range(0, opened.size, slot))
+        return slot, 0, result.nbytes, opened.path, 0, result.path, result.why
+
+
+def _way(lane: Lane, direct: bool) -> DataPath:
+    """The way of a batch."""
+    if not direct:
+        return DataPath.BUFFERED
+    return DataPath.FILE_FIXED if lane.ring.registered else DataPath.FILE_DIRECT
+
+
+def _raise(error: Exception) -> Generator[Request, None, list[Landed]]:
+    raise error
+    yield
