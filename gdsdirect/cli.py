@@ -1,4 +1,4 @@
-"""The command line: `gdsdirect check`, `gdsdirect probe` and `gdsdirect read`."""
+"""The command line: `gdsdirect check`, `probe`, `read` and `bench`."""
 
 from __future__ import annotations
 
@@ -7,20 +7,40 @@ import contextlib
 import hashlib
 import json
 import os
+import random
+import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO
+from types import ModuleType
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 import gdsdirect.file
 from gdsdirect.errors import ShortReadError
 from gdsdirect.file import File
 from gdsdirect.memory import GpuMappedBuffer
 from gdsdirect.probe import Available, FeatureDisabled, Unavailable, probe
+from gdsdirect.stream import DataPath
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
+
+    from gdsdirect.bench import Results
+
+_T = TypeVar("_T")
 
 _BUFFER = 8 << 20  # bytes: some commands of the largest drives, at a size that peer memory has free
 _SLACK = 8 << 10  # of a smaller one: room for a chunk that begins and ends in the midst of blocks
 _CHUNK = 1 << 20
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_DEEPEST = 1 << 15  # reads that a ring has in flight at most
+# Best first, as they are chosen among.
+_WAYS = {
+    "passthrough": DataPath.NVME_PASSTHROUGH,
+    "fixed": DataPath.FILE_FIXED,
+    "direct": DataPath.FILE_DIRECT,
+    "cufile": DataPath.CUFILE,
+    "buffered": DataPath.BUFFERED,
+}
 
 
 def parse_size(text: str) -> int:
@@ -46,6 +66,56 @@ def parse_target(text: str) -> str | None:
     if text != "host":
         raise argparse.ArgumentTypeError(f"{text!r} is no target: give host or peer:PATH")
     return None
+
+
+def parse_list(parse: Callable[[str], _T]) -> Callable[[str], list[_T]]:
+    """Of what `parse` takes, with commas between; each once."""
+    return lambda text: list(dict.fromkeys(map(parse, text.split(","))))
+
+
+def parse_block_size(text: str) -> int:
+    """A size that is not 0."""
+    size = parse_size(text)
+    if size == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no block size: give 1 byte or more")
+    return size
+
+
+def parse_count(most: int | None = None) -> Callable[[str], int]:
+    """A whole number from 1 on, `most` at most."""
+    bound = "1 or more" if most is None else f"1 to {most}"
+
+    def parse(text: str) -> int:
+        if not (text.isdecimal() and int(text) >= 1 and (most is None or int(text) <= most)):
+            raise argparse.ArgumentTypeError(f"{text!r} is no count: give {bound}")
+        return int(text)
+
+    return parse
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds, more than none."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: give seconds, such as 0.5")
+    return seconds
+
+
+def parse_way(text: str) -> DataPath:
+    """A way by its name here."""
+    if text not in _WAYS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no way: give some of {','.join(_WAYS)}")
+    return _WAYS[text]
+
+
+def parse_png(text: str) -> str:
+    """The name of a PNG file."""
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no PNG file: give a name ending in .png")
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,7 +171,63 @@ def _parser() -> argparse.ArgumentParser:
     read.add_argument("--sha256", action="store_true", help="print the bytes' SHA-256")
     read.add_argument("--output", metavar="FILE", help="write the bytes to FILE, - for stdout")
     read.set_defaults(run=_read)
+    _add_bench(commands.add_parser("bench", help="measure reads of a namespace, device or file"))
     return parser
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    bench.description = (
+        "Measure reads of SOURCE for each way, block size and number of reads in flight. It only "
+        "reads. Exit code: 0 if something was measured, 1 if nothing was, 2 for wrong arguments."
+    )
+    add = bench.add_argument
+    add("source", metavar="SOURCE", help="what to read; never written to")
+    add(
+        "--block-sizes",
+        type=parse_list(parse_block_size),
+        default="4K,64K,1M",
+        metavar="BYTES,...",
+        help="bytes of a read (default 4K,64K,1M)",
+    )
+    add(
+        "--depths",
+        type=parse_list(parse_count(_DEEPEST)),
+        default="1,8,32",
+        metavar="N,...",
+        help="reads in flight (default 1,8,32)",
+    )
+    add(
+        "--ways",
+        type=parse_list(parse_way),
+        default=",".join(_WAYS),
+        metavar="WAY,...",
+        help=f"of {', '.join(_WAYS)} (default: all)",
+    )
+    add(
+        "--to",
+        type=parse_target,
+        metavar="host|peer:PATH",
+        help="memory to read into: the host's (default), or a file that maps to PCI peer memory",
+    )
+    add("--pattern", choices=["random", "sequential"], default="random", help="default random")
+    add(
+        "--seconds",
+        type=parse_seconds,
+        default=1.0,
+        metavar="S",
+        help="for each combination in each round (default 1)",
+    )
+    add(
+        "--rounds",
+        type=parse_count(),
+        default=3,
+        metavar="N",
+        help="of all combinations, each in another order; medians are told (default 3)",
+    )
+    add("--seed", type=int, metavar="N", help="of places and order (default: another each time)")
+    add("--json", metavar="FILE", help="write all figures to FILE as JSON, - for stdout")
+    add("--plot", type=parse_png, metavar="FILE.png", help="draw them into FILE.png")
+    bench.set_defaults(run=_bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -175,7 +301,7 @@ def _read(options: argparse.Namespace) -> int:
     with gdsdirect.file.open(options.source) as file, contextlib.ExitStack() as stack:
         offset, size = _range(file, options.offset, options.size)
         buffer = stack.enter_context(_buffer(options.to, size))
-        output = stack.enter_context(_output(options.output, options.source))
+        output = stack.enter_context(_output("--output", options.output, options.source))
         digest = hashlib.sha256() if options.sha256 else None
         advance = stack.enter_context(_progress(size))
         why = None
@@ -230,7 +356,7 @@ def _buffer(peer: str | None, wanted: int) -> GpuMappedBuffer:
 
 
 @contextlib.contextmanager
-def _output(path: str | None, source: str) -> Iterator[BinaryIO | None]:
+def _output(option: str, path: str | None, source: str) -> Iterator[BinaryIO | None]:
     if path is None:
         yield None
     elif path == "-":
@@ -238,24 +364,117 @@ def _output(path: str | None, source: str) -> Iterator[BinaryIO | None]:
         sys.stdout.buffer.flush()
     else:
         if os.path.exists(path) and os.path.samefile(path, source):
-            raise ValueError(f"--output {path} is SOURCE itself, which is never written to")
+            raise ValueError(f"{option} {path} is SOURCE itself, which is never written to")
         with open(path, "wb") as file:
             yield file
 
 
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], object]]:
-    """A progress bar, on a terminal and with Rich installed; else nothing."""
+    """Bytes of `total`, as they come."""
+    bar = _bar(
+        lambda rich: (
+            rich.BarColumn(),
+            rich.DownloadColumn(binary_units=True),
+            rich.TransferSpeedColumn(),
+        )
+    )
+    if bar is None:
+        yield lambda _: None
+        return
+    with bar:
+        task = bar.add_task("reading", total=total)
+        yield lambda nbytes: bar.advance(task, nbytes)
+
+
+def _bar(
+    columns: Callable[[ModuleType], tuple[ProgressColumn, ...]], *, by_itself: bool = True
+) -> Progress | None:
+    """A progress bar, on a terminal and with Rich installed; `by_itself` a thread draws it."""
     if not sys.stderr.isatty():
-        yield lambda _: None
-        return
+        return None
     try:
+        from rich import progress
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
     except ImportError:
-        yield lambda _: None
+        return None
+    console = Console(stderr=True)
+    return progress.Progress(
+        *columns(progress), console=console, transient=True, auto_refresh=by_itself
+    )
+
+
+# ---- bench
+
+
+def _bench(options: argparse.Namespace) -> int:
+    # Not at import time, for the sake of the other commands.
+    from gdsdirect.bench import Bench, Pattern, Settings
+    from gdsdirect.bench_report import print_results
+
+    draw = _drawing() if options.plot else None
+    settings = Settings(
+        options.source,
+        options.ways,
+        options.block_sizes,
+        options.depths,
+        Pattern(options.pattern),
+        options.seconds,
+        options.rounds,
+        random.randrange(1 << 32) if options.seed is None else options.seed,
+        options.to,
+    )
+    with Bench(settings) as bench, contextlib.ExitStack() as stack:
+        figures = stack.enter_context(_figures("--json", options.json, options.source))
+        picture = stack.enter_context(_figures("--plot", options.plot, options.source))
+        with _rounds(len(bench.cells) * settings.rounds) as advance:
+            results = bench.run(advance)
+        if figures:
+            text = json.dumps(results.to_dict(), indent=2)
+            _write(figures, memoryview(f"{text}\n".encode()))
+        # Where the JSON goes to stdout, the table must not be among it.
+        print_results(results, sys.stderr if options.json == "-" else sys.stdout)
+        if picture and draw:
+            draw(picture, results)
+    return 0 if results.cells else 1
+
+
+def _drawing() -> Callable[[BinaryIO, Results], None]:
+    """What draws the plot; asked for before anything is measured in vain."""
+    try:
+        from gdsdirect.bench_plot import draw
+    except ImportError as error:
+        raise RuntimeError(
+            f"--plot needs matplotlib ({error}): run `pip install gdsdirect[bench]`"
+        ) from None
+    return draw
+
+
+def _figures(
+    option: str, path: str | None, source: str
+) -> contextlib.AbstractContextManager[BinaryIO | None]:
+    """`_output`, but for devices: one can be another node of what is measured."""
+    if path not in (None, "-") and os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode):
+        raise ValueError(f"{option} {path} is a block device: give a file")
+    return _output(option, path, source)
+
+
+@contextlib.contextmanager
+def _rounds(total: int) -> Iterator[Callable[[], object]]:
+    """Cells of `total`, drawn as each is done: a thread that draws would be measured too."""
+    bar = _bar(
+        lambda rich: (rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn()),
+        by_itself=False,
+    )
+    if bar is None:
+        yield lambda: None
         return
-    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("reading", total=total)
-        yield lambda nbytes: progress.advance(task, nbytes)
+    with bar:
+        task = bar.add_task("measuring", total=total)
+
+        def advance() -> None:
+            bar.advance(task)
+            bar.refresh()
+
+        bar.refresh()
+        yield advance
