@@ -1,6 +1,7 @@
 /*
  * _nvme_sqe: packing and unpacking read commands. Pure: no I/O, no state, builds on any system.
  */
+#include <stdbool.h>
 #include "arrays.h"
 #include "nvme_abi.h"
 
@@ -292,6 +293,211 @@ done:
     return result;
 }
 
+/* ---- Bytes instead of blocks -------------------------------------------------------------- */
+
+/* Reads as a plan has them: arrays of bytes. */
+struct byte_reads {
+    Py_buffer offsets;
+    Py_buffer sizes;
+    Py_buffer targets;
+};
+
+static void
+byte_reads_release(struct byte_reads *reads)
+{
+    PyBuffer_Release(&reads->offsets);
+    PyBuffer_Release(&reads->sizes);
+    PyBuffer_Release(&reads->targets);
+}
+
+/* `targets` may be NULL: then there are none. -1 with an exception. */
+static int
+byte_reads_get(struct byte_reads *reads, PyObject *offsets, PyObject *sizes, PyObject *targets)
+{
+    if (get_integers(offsets, "offsets", 8, &reads->offsets) < 0 ||
+        get_integers(sizes, "sizes", 4, &reads->sizes) < 0 ||
+        (targets != NULL && get_integers(targets, "targets", 8, &reads->targets) < 0)) {
+        return -1;
+    }
+    const Py_ssize_t n = reads->offsets.len / 8;
+    if (reads->sizes.len / 4 != n || (targets != NULL && reads->targets.len / 8 != n)) {
+        PyErr_SetString(PyExc_ValueError, "arrays of different lengths");
+        return -1;
+    }
+    return 0;
+}
+
+static uint64_t
+fetch64(const Py_buffer *array, Py_ssize_t index)
+{
+    uint64_t value;
+    memcpy(&value, (const char *)array->buf + index * 8, 8);
+    return value;
+}
+
+static uint32_t
+fetch32(const Py_buffer *array, Py_ssize_t index)
+{
+    uint32_t value;
+    memcpy(&value, (const char *)array->buf + index * 4, 4);
+    return value;
+}
+
+/* _survey(offsets, sizes, targets) -> what a plan's reads have in common: the bits of all offsets and sizes
+ * ored, those of all targets, the smallest and the largest size, all sizes together, the first offset, and
+ * where the last read ends in the file and in the buffer. */
+static PyObject *
+survey(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *offsets, *sizes, *targets;
+    struct byte_reads reads = {0};
+    if (!PyArg_ParseTuple(args, "OOO:_survey", &offsets, &sizes, &targets) ||
+        byte_reads_get(&reads, offsets, sizes, targets) < 0) {
+        byte_reads_release(&reads);
+        return NULL;
+    }
+    uint64_t blocks = 0, places = 0, total = 0, first = UINT64_MAX, end = 0, last = 0;
+    uint32_t least = UINT32_MAX, most = 0;
+    for (Py_ssize_t i = 0; i < reads.offsets.len / 8; i++) {
+        const uint64_t offset = fetch64(&reads.offsets, i), target = fetch64(&reads.targets, i);
+        const uint32_t nbytes = fetch32(&reads.sizes, i);
+        /* What doesn't fit 64 bits is as bad as what almost doesn't. */
+        const uint64_t stop = offset + nbytes < offset ? UINT64_MAX : offset + nbytes;
+        const uint64_t place = target + nbytes < target ? UINT64_MAX : target + nbytes;
+        blocks |= offset | nbytes;
+        places |= target;
+        total += nbytes;
+        least = nbytes < least ? nbytes : least;
+        most = nbytes > most ? nbytes : most;
+        first = offset < first ? offset : first;
+        end = stop > end ? stop : end;
+        last = place > last ? place : last;
+    }
+    byte_reads_release(&reads);
+    return Py_BuildValue("(KKIIKKKK)", (unsigned long long)blocks, (unsigned long long)places,
+                         least, most, (unsigned long long)total, (unsigned long long)first,
+                         (unsigned long long)end, (unsigned long long)last);
+}
+
+/* Returns the index of the first read that isn't of whole blocks, 1..65536 of them, or n. */
+static Py_ssize_t
+encode_bytes_all(unsigned char *out, const struct byte_reads *reads, uint32_t nsid,
+                 uint32_t lba_size, uint64_t address)
+{
+    const Py_ssize_t n = reads->offsets.len / 8;
+    struct nvme_read read = {.nsid = nsid};
+    for (Py_ssize_t i = 0; i < n; i++) {
+        const uint64_t offset = fetch64(&reads->offsets, i);
+        const uint32_t nbytes = fetch32(&reads->sizes, i);
+        read.lba = offset / lba_size;
+        read.blocks = nbytes / lba_size;
+        read.address = address + fetch64(&reads->targets, i);
+        if ((offset | nbytes) % lba_size != 0 || read.blocks - 1 >= NVME_MAX_BLOCKS) {
+            return i;
+        }
+        wire_encode(out + i * WIRE_BYTES, &read);
+    }
+    return n;
+}
+
+/* _encode_byte_reads(namespace_id, lba_size, offsets, sizes, targets, address) -> the commands that read
+ * these bytes of a namespace to `address` and so many more, each `target`. */
+static PyObject *
+encode_byte_reads(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    unsigned int nsid, lba_size;
+    unsigned long long address;
+    PyObject *offsets, *sizes, *targets, *result = NULL;
+    struct byte_reads reads = {0};
+    if (!PyArg_ParseTuple(args, "IIOOOK:_encode_byte_reads", &nsid, &lba_size, &offsets, &sizes,
+                          &targets, &address)) {
+        return NULL;
+    }
+    if (lba_size == 0) {
+        return PyErr_Format(PyExc_ValueError, "lba_size is 0");
+    }
+    if (byte_reads_get(&reads, offsets, sizes, targets) == 0) {
+        const Py_ssize_t n = reads.offsets.len / 8;
+        result = PyBytes_FromStringAndSize(NULL, n * WIRE_BYTES);
+        const Py_ssize_t done =
+            result == NULL ? n
+                           : encode_bytes_all((unsigned char *)PyBytes_AS_STRING(result), &reads,
+                                              nsid, lba_size, address);
+        if (done < n) {
+            PyErr_Format(PyExc_ValueError, "read %zd isn't of 1..65536 whole blocks", done);
+            Py_CLEAR(result);
+        }
+    }
+    byte_reads_release(&reads);
+    return result;
+}
+
+/* Where bytes of a file lie on its device. */
+struct extent {
+    uint64_t logical;
+    uint64_t physical;
+    uint64_t length;
+};
+
+/* The last extent that begins at `offset` or before it, or the first. */
+static const struct extent *
+extent_before(const struct extent *extents, size_t n, uint64_t offset)
+{
+    size_t low = 0, high = n;
+    while (high - low > 1) {
+        const size_t middle = low + (high - low) / 2;
+        if (extents[middle].logical <= offset) {
+            low = middle;
+        }
+        else {
+            high = middle;
+        }
+    }
+    return &extents[low];
+}
+
+/* False: a read isn't inside one extent. */
+static bool
+locate_all(uint64_t *out, const struct byte_reads *reads, const struct extent *extents, size_t n)
+{
+    for (Py_ssize_t i = 0; i < reads->offsets.len / 8; i++) {
+        const uint64_t offset = fetch64(&reads->offsets, i);
+        const struct extent *extent = extent_before(extents, n, offset);
+        const uint64_t into = offset - extent->logical; /* before it: wraps, huge */
+        if (into >= extent->length || fetch32(&reads->sizes, i) > extent->length - into) {
+            return false;
+        }
+        out[i] = extent->physical + into;
+    }
+    return true;
+}
+
+/* _locate(extents, offsets, sizes) -> where these bytes of a file lie on its device, as bytes of uint64; or
+ * None if a read isn't inside one extent. `extents` has for each, in order of the first: where in the file,
+ * where on the device, how many bytes. */
+static PyObject *
+locate(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *given, *offsets, *sizes, *result = NULL;
+    Py_buffer extents;
+    struct byte_reads reads = {0};
+    if (!PyArg_ParseTuple(args, "OOO:_locate", &given, &offsets, &sizes) ||
+        get_integers(given, "extents", 8, &extents) < 0) {
+        return NULL;
+    }
+    const size_t count = (size_t)extents.len / sizeof(struct extent);
+    if (byte_reads_get(&reads, offsets, sizes, NULL) == 0) {
+        result = PyBytes_FromStringAndSize(NULL, reads.offsets.len);
+        if (result != NULL && (count == 0 || !locate_all((uint64_t *)PyBytes_AS_STRING(result),
+                                                         &reads, extents.buf, count))) {
+            Py_SETREF(result, Py_NewRef(Py_None));
+        }
+    }
+    byte_reads_release(&reads);
+    PyBuffer_Release(&extents);
+    return result;
+}
+
 /* ---- Module ------------------------------------------------------------------------------ */
 
 PyDoc_STRVAR(
@@ -338,6 +544,9 @@ static PyMethodDef methods[] = {
     {"encode_nvme_read_sqes", (PyCFunction)(void (*)(void))encode_many,
      METH_FASTCALL | METH_KEYWORDS, encode_many_doc},
     {"decode_nvme_read_sqe", decode_one, METH_O, decode_one_doc},
+    {"_encode_byte_reads", encode_byte_reads, METH_VARARGS, NULL},
+    {"_locate", locate, METH_VARARGS, NULL},
+    {"_survey", survey, METH_VARARGS, NULL},
     {"_kernel_command", kernel_command, METH_VARARGS, kernel_command_doc},
     {NULL},
 };

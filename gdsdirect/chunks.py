@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -19,10 +20,11 @@ from gdsdirect.lane import Lane, Request, lane_of
 from gdsdirect.memory import GpuMappedBuffer
 from gdsdirect.plan import REGISTERED
 from gdsdirect.stream import DataPath
-from gdsdirect.supply import BATCH, GRAIN, Landed, Load, ManyFiles, Supply
+from gdsdirect.supply import BATCH, GRAIN, Failed, Landed, Load, ManyFiles, Supply
 from gdsdirect.transfer import Require, permitted
 
 if TYPE_CHECKING:
+    import asyncio
     from asyncio import AbstractEventLoop
 
     from typing_extensions import Buffer
@@ -109,17 +111,21 @@ class ChunkStream:
     To be closed when it isn't read to its end: by `with`, `async with` or `close()`.
     """
 
-    def __init__(self, supply: Supply, buffer: GpuMappedBuffer, slots: Iterable[int]) -> None:
+    def __init__(
+        self, supply: Supply, buffer: GpuMappedBuffer, slots: Iterable[int], *, ours: bool
+    ) -> None:
+        """`ours`: the buffer was made for this stream alone."""
+        self._ours = ours
         self._supply = supply
         self._buffer = buffer
         self._view = buffer.view()
         self._free = deque(slots)
         self._slots = len(self._free)
         # So many are free before a load begins: small files would else go one by one.
-        self._enough = max(1, min(BATCH, self._slots // 4))
+        self._enough = max(1, min(BATCH, self._slots // 8))
         self._lane: Lane | None = None
         self._ahead: deque[Load] = deque()
-        self._ready: deque[Landed] = deque()
+        self._ready: deque[Landed | Failed] = deque()
         # Of chunks that were released while there is an array of theirs.
         self._lingering: dict[int, Memory] = {}
         self._out: dict[int, ref[Chunk]] = {}  # the last of each slot
@@ -128,6 +134,9 @@ class ChunkStream:
         self._nbytes = 0
         self._ways: dict[DataPath, int] = {}
         self._closed = False
+        self._turn = threading.Lock()  # of whoever asks for the next chunk
+        self._turn_async: asyncio.Lock | None = None
+        self._opening: asyncio.Future[None] | None = None
 
     @property
     def progress(self) -> StreamProgress:
@@ -180,8 +189,18 @@ class ChunkStream:
         if load.error is not None:
             raise load.error
 
-    def _hand_out(self) -> Chunk:
-        landed = self._ready.popleft()
+    def _step(self, lane: Lane) -> Chunk | Load | None:
+        """The next chunk; or the load that it comes with; or None where there is none ahead."""
+        self._read_ahead(lane)
+        if self._ready:
+            return self._hand_out(self._ready.popleft())
+        return self._ahead[0] if self._ahead else None
+
+    def _hand_out(self, landed: Landed | Failed) -> Chunk:
+        if len(landed) == 2:
+            slot, error = landed
+            self._free.append(slot)
+            raise error
         slot, begin, nbytes, _, _, way, _ = landed
         self._nbytes += nbytes
         self._ways[way] = self._ways.get(way, 0) + nbytes
@@ -204,25 +223,24 @@ class ChunkStream:
         return self
 
     def __next__(self) -> Chunk:
-        lane = self._lane_for(None)
-        while True:
-            if self._supply.hungry:
-                self._supply.open()
-            self._read_ahead(lane)
-            if self._ready:
-                return self._hand_out()
-            if not self._ahead:
-                if self._supply.exhausted:
+        with self._turn:
+            lane = self._lane_for(None)
+            while True:
+                if self._supply.hungry:
+                    self._supply.open()
+                step = self._step(lane)
+                if isinstance(step, Chunk):
+                    return step
+                if step is not None:
+                    step.finish()
+                    self._deliver(step)
+                elif self._supply.exhausted:
                     raise StopIteration
-                raise BufferError(
-                    f"all {self._slots} slots of the buffer are held: release() chunks, read "
-                    "smaller ones, or give a larger buffer"
-                )
-            load = self._ahead[0]
-            while load.request is not None:
-                load.request.lane.wait(load.request, None)
-                load.advance()
-            self._deliver(load)
+                else:
+                    raise BufferError(
+                        f"all {self._slots} slots of the buffer are held: release() chunks, read "
+                        "smaller ones, or give a larger buffer"
+                    )
 
     def __aiter__(self) -> Self:
         return self
@@ -231,23 +249,25 @@ class ChunkStream:
         import asyncio
 
         loop = asyncio.get_running_loop()
-        lane = self._lane_for(loop)
-        while True:
-            if self._supply.hungry:
-                await loop.run_in_executor(None, self._supply.open)
-            self._read_ahead(lane)
-            if self._ready:
-                return self._hand_out()
-            if not self._ahead:
-                if self._supply.exhausted:
+        self._turn_async = self._turn_async or asyncio.Lock()
+        async with self._turn_async:
+            lane = self._lane_for(loop)
+            while True:
+                if self._supply.hungry:
+                    # It goes on if this task is cancelled, and the next one waits for it.
+                    self._opening = self._opening or loop.run_in_executor(None, self._supply.open)
+                    await asyncio.shield(self._opening)
+                    self._opening = None
+                step = self._step(lane)
+                if isinstance(step, Chunk):
+                    return step
+                if step is not None:
+                    await step.finish_async()
+                    self._deliver(step)
+                elif self._supply.exhausted:
                     raise StopAsyncIteration
-                await self._a_slot(loop)
-                continue
-            load = self._ahead[0]
-            while load.request is not None:
-                await load.request.lane.wait_async(load.request)
-                load.advance()
-            self._deliver(load)
+                else:
+                    await self._a_slot(loop)
 
     async def _a_slot(self, loop: AbstractEventLoop) -> None:
         """Until a chunk is released, by whatever thread."""
@@ -282,6 +302,9 @@ class ChunkStream:
                 chunk.release()
         self._lingering.clear()
         self._view.release()
+        if self._ours:
+            with contextlib.suppress(BufferError):  # an array of a chunk, or a read in flight
+                self._buffer.close()
         return [] if self._lane is None else self._lane.abandoned
 
     def close(self) -> None:
@@ -290,7 +313,7 @@ class ChunkStream:
         After `async for`, what is in flight is left to the loop: see `aclose`.
         """
         for request in self._give_up():
-            if not request.lane.for_loop:
+            if not request.lane.is_a_loops():
                 request.lane.wait(request, None)
 
     async def aclose(self) -> None:
@@ -337,7 +360,7 @@ def stream_of(
             f"the buffer has {memory.nbytes} bytes, and no room for a chunk of {chunk_size} in "
             "whole pages: give a smaller chunk_size, or a larger buffer"
         )
-    return ChunkStream(supply(chunk_size), memory, slots)
+    return ChunkStream(supply(chunk_size), memory, slots, ours=memory is not buffer)
 
 
 def stream_files(

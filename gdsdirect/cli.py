@@ -365,6 +365,9 @@ def _output(option: str, path: str | None, source: str) -> Iterator[BinaryIO | N
     else:
         if os.path.exists(path) and os.path.samefile(path, source):
             raise ValueError(f"{option} {path} is SOURCE itself, which is never written to")
+        if os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode):
+            # It can be another node of the drive that SOURCE is.
+            raise ValueError(f"{option} {path} is a block device: give a file")
         with open(path, "wb") as file:
             yield file
 
@@ -425,8 +428,8 @@ def _bench(options: argparse.Namespace) -> int:
         options.to,
     )
     with Bench(settings) as bench, contextlib.ExitStack() as stack:
-        figures = stack.enter_context(_figures("--json", options.json, options.source))
-        picture = stack.enter_context(_figures("--plot", options.plot, options.source))
+        figures = stack.enter_context(_output("--json", options.json, options.source))
+        picture = stack.enter_context(_output("--plot", options.plot, options.source))
         with _rounds(len(bench.cells) * settings.rounds) as advance:
             results = bench.run(advance)
         if figures:
@@ -448,15 +451,6 @@ def _drawing() -> Callable[[BinaryIO, Results], None]:
             f"--plot needs matplotlib ({error}): run `pip install gdsdirect[bench]`"
         ) from None
     return draw
-
-
-def _figures(
-    option: str, path: str | None, source: str
-) -> contextlib.AbstractContextManager[BinaryIO | None]:
-    """`_output`, but for devices: one can be another node of what is measured."""
-    if path not in (None, "-") and os.path.exists(path) and stat.S_ISBLK(os.stat(path).st_mode):
-        raise ValueError(f"{option} {path} is a block device: give a file")
-    return _output(option, path, source)
 
 
 @contextlib.contextmanager

@@ -4,27 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Self
 
 from gdsdirect.chunks import ChunkStream, stream_of
 from gdsdirect.lane import lane_of
 from gdsdirect.memory import GpuMappedBuffer
 from gdsdirect.origin import Origin
-from gdsdirect.plan import Range
+from gdsdirect.plan import Plan, Range
 from gdsdirect.supply import GRAIN, OneFile
 from gdsdirect.transfer import ReadResult, Require, Transfer, finish, finish_async, permitted
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from typing_extensions import Buffer
+
+    Integers: TypeAlias = Sequence[int] | Buffer
 
     from gdsdirect._uring_cmd import Source
 
 
-def open(path: str | bytes | os.PathLike[str] | os.PathLike[bytes], *, direct: bool = True) -> File:
+def open(
+    path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
+    *,
+    direct: bool = True,
+    extents: bool = False,
+) -> File:
     """Open a file, a block device or an NVMe namespace (/dev/ngXnY) for reading.
 
     With `direct=False` it is read through the page cache, which may have it already.
+
+    With `extents=True` a regular file on ext4 or XFS, right on an NVMe namespace or a partition of
+    one, is read by passthrough of its blocks, past the file system, wherever that is safe: nobody
+    may have it open for writing, and whoever wants to waits until a read is done (a read lease,
+    for which its owner or CAP_LEASE is needed). Else it is read as a file, and the result says why.
 
     OSError (FileNotFoundError, PermissionError, ...) for what can't be opened, ValueError for what
     is none of these, RingUnavailableError where gdsdirect has no io_uring part.
@@ -36,7 +51,7 @@ def open(path: str | bytes | os.PathLike[str] | os.PathLike[bytes], *, direct: b
     >>> bytes(text[:30])
     b'\"\"\"Reads NVMe into GPU-visible'
     """
-    return File(path, direct=direct)
+    return File(path, direct=direct, extents=extents)
 
 
 class File:
@@ -52,9 +67,10 @@ class File:
         path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
         *,
         direct: bool = True,
+        extents: bool = False,
     ) -> None:
         self.path = os.fsdecode(path)
-        self._origin = Origin(self.path, direct=direct)
+        self._origin = Origin(self.path, direct=direct, extents=extents)
         self._source: Source = self._origin.source  # a stream finds it by this name (csrc/submit.c)
 
     @property
@@ -91,13 +107,7 @@ class File:
         with _memory(buffer) as memory:
             wanted = self._range(memory, offset, size, target_offset)
             transfer = Transfer(self._origin, lane_of(memory, None), permitted(require))
-            try:
-                return finish(transfer.read(wanted), timeout)
-            except TimeoutError as error:
-                if error.errno is not None:  # the drive's or the kernel's own
-                    raise
-                text = f"{self.path}: {wanted.size} bytes did not come in {timeout} s"
-                raise TimeoutError(text) from None
+            return finish(transfer.read(wanted), timeout)
 
     async def read_into_async(
         self,
@@ -115,6 +125,46 @@ class File:
             wanted = self._range(memory, offset, size, target_offset)
             lane = lane_of(memory, asyncio.get_running_loop())
             return await finish_async(Transfer(self._origin, lane, permitted(require)).read(wanted))
+
+    def read_many_into(
+        self,
+        buffer: Buffer,
+        offsets: Integers,
+        sizes: Integers,
+        target_offsets: Integers,
+        *,
+        require: Require = None,
+        timeout: float | None = None,
+    ) -> ReadResult:
+        """Read n ranges, `sizes[i]` bytes from `offsets[i]` to `target_offsets[i]`, in one batch.
+
+        All three are sequences of n integers; arrays of 64, 32 and 64 bits (array("Q"), array("I"),
+        NumPy) are taken as they are. Where every range is of whole blocks, no object is made for
+        any. `nbytes` of the result are all together. The errors are those of `read_into`, and
+        ShortReadError for a range that ends beyond the file.
+        """
+        with _memory(buffer) as memory:
+            plan = _plan(memory, offsets, sizes, target_offsets)
+            transfer = Transfer(self._origin, lane_of(memory, None), permitted(require))
+            return finish(transfer.read_many(plan), timeout)
+
+    async def read_many_into_async(
+        self,
+        buffer: Buffer,
+        offsets: Integers,
+        sizes: Integers,
+        target_offsets: Integers,
+        *,
+        require: Require = None,
+    ) -> ReadResult:
+        """`read_many_into` for asyncio: other tasks run meanwhile."""
+        import asyncio
+
+        with _memory(buffer) as memory:
+            plan = _plan(memory, offsets, sizes, target_offsets)
+            lane = lane_of(memory, asyncio.get_running_loop())
+            transfer = Transfer(self._origin, lane, permitted(require))
+            return await finish_async(transfer.read_many(plan))
 
     def stream(
         self,
@@ -192,6 +242,44 @@ class File:
 
     def __repr__(self) -> str:
         return f"<File {self.path!r}{', closed' if self.closed else ''}>"
+
+
+def _plan(
+    memory: GpuMappedBuffer, offsets: Integers, sizes: Integers, target_offsets: Integers
+) -> Plan:
+    """What is to be read, checked against the buffer."""
+    plan = Plan(
+        _array("offsets", "Q", offsets),
+        _array("sizes", "I", sizes),
+        _array("target_offsets", "Q", target_offsets),
+    )
+    lengths = [len(plan.offsets), len(plan.sizes), len(plan.targets)]
+    if len(set(lengths)) != 1:
+        raise ValueError(
+            f"offsets, sizes and target_offsets have {lengths} numbers: give as many of each"
+        )
+    end = plan.common().target_end
+    if end > memory.nbytes:
+        raise ValueError(f"a range ends at byte {end} of the buffer, which has {memory.nbytes}")
+    return plan
+
+
+def _array(name: str, code: str, numbers: Integers) -> array[int]:
+    try:
+        view = memoryview(numbers)  # type: ignore[arg-type]
+    except TypeError:
+        view = None
+    if view is not None and view.itemsize == array(code).itemsize and view.c_contiguous:
+        made = array(code)
+        made.frombytes(view.cast("B"))
+        if view.format in ("q", "l", "i") and max(made, default=0) >> (8 * view.itemsize - 1):
+            raise ValueError(f"{name} has negative numbers: give bytes, 0 or more")
+        return made
+    try:
+        return array(code, numbers)  # type: ignore[arg-type]
+    except OverflowError:
+        bits = 8 * array(code).itemsize
+        raise ValueError(f"{name}: give integers from 0 to 2**{bits} - 1") from None
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ one event loop, which is told by the ring's descriptor.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import struct
@@ -17,6 +18,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+from weakref import ref
 
 from gdsdirect.memory import GpuMappedBuffer, MemoryKind
 from gdsdirect.plan import SLOT
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 _DEPTH = 128
 _TURN = 16  # reads of one request that go out before it is another's turn
-_PATIENCE = 0.002  # seconds that several completions are waited for at once
+_PATIENCE = 0.02  # seconds that several completions are waited for at once
 
 _SLOTS = 32
 
@@ -49,13 +51,16 @@ class Request:
     """
 
     __slots__ = (
-        *("abandoned", "error", "lane", "left", "number", "sent", "short", "sizes", "total"),
-        "wake",
+        *("abandoned", "error", "lane", "left", "number", "one_size", "sent", "short", "sizes"),
+        *("total", "wake"),
     )
 
     def __init__(self, lane: Lane, sizes: array[int]) -> None:
         self.lane = lane
         self.sizes = sizes
+        # Where all are of one size, and nothing has to be done for each, they are only counted.
+        alike = len(sizes) > 0 and sizes.count(sizes[0]) == len(sizes)
+        self.one_size = sizes[0] if alike else None
         self.total = self.left = len(sizes)
         self.sent = 0
         self.number = 0
@@ -150,6 +155,7 @@ class Bounce(Request):
         `submit(start, slots, user_data)` sends the reads from `start` on to these offsets.
         """
         super().__init__(lane, sizes)
+        self.one_size = None
         self._wanted = wanted
         self._submit = submit
         self._slots: dict[int, int] = {}
@@ -182,10 +188,15 @@ class Lane:
     """
 
     def __init__(
-        self, buffer: GpuMappedBuffer, *, depth: int = _DEPTH, for_loop: bool = False
+        self,
+        buffer: GpuMappedBuffer,
+        *,
+        depth: int = _DEPTH,
+        loop: AbstractEventLoop | None = None,
     ) -> None:
         self.pid = os.getpid()
-        self.for_loop = for_loop
+        # Weakly, since the buffer finds the lane by it.
+        self._loop = ref(loop) if loop is not None else None
         twin = buffer._twin()
         self.kind = twin.kind
         self.address = twin.address
@@ -200,7 +211,12 @@ class Lane:
         self._flying = 0
         self._submitted = 0
         self._pumped = False
+        self._shared = False  # several threads have waited at a time
         self._records = bytearray(depth * _RECORD.size)
+        # The fields of COMPLETION_FORMAT, each of all records.
+        self._ids = memoryview(self._records).cast("Q")[::2]
+        self._results = memoryview(self._records).cast("i")[2::4]
+        self._nbytes = memoryview(self._records).cast("I")[3::4]
 
     def _make_ring(self, twin: GpuMappedBuffer, depth: int) -> AsyncUringStream:
         if twin.kind is MemoryKind.BAR1_PEER:
@@ -215,7 +231,7 @@ class Lane:
     def bounce(self) -> BounceLane:
         """The lane for what must go through a slot on its way into this one's buffer."""
         if self._bounce is None:
-            self._bounce = BounceLane(self.view, self.for_loop)
+            self._bounce = BounceLane(self.view, self._loop() if self._loop else None)
         return self._bounce
 
     @property
@@ -229,13 +245,13 @@ class Lane:
     def start(self, request: Request) -> Request:
         """Submit the request's reads as there is room. It counts as in flight from now on."""
         with self._lock:
-            if self.for_loop and not self._requests:
+            if self._loop is not None and not self._requests:
                 self._watch()
             request.number = next(self._numbers) & 0xFFFFFFFF
             self._requests[request.number] = request
             self._unsent.append(request)
             self._submit()
-            if self.for_loop and not self._requests:
+            if self._loop is not None and not self._requests:
                 self._unwatch()
         return request
 
@@ -283,17 +299,29 @@ class Lane:
 
     def _dispatch(self, count: int) -> None:
         """Hand `count` records to their requests, and submit into the room that they leave."""
-        for user_data, result, nbytes in _RECORD.iter_unpack(self._records[: count * _RECORD.size]):
-            request = self._requests[user_data >> _INDEX_BITS]
-            index = user_data & 0xFFFFFFFF
-            if nbytes != request.sizes[index]:
-                request.short[index] = (result, nbytes)
-            request.land(index, nbytes)
-            request.left -= 1
-            if request.left == 0:
-                self._finish(request)
+        ids, sizes = self._ids[:count].tolist(), self._nbytes[:count].tolist()
+        only = next(iter(self._requests.values())) if len(self._requests) == 1 else None
+        if only is not None and only.one_size and sizes.count(only.one_size) == count:
+            self._count(only, count)
+        else:
+            results = self._results[:count].tolist()
+            for user_data, result, nbytes in zip(ids, results, sizes, strict=True):
+                self._hand_in(user_data, result, nbytes)
         self._flying -= count
         self._submit()
+
+    def _hand_in(self, user_data: int, result: int, nbytes: int) -> None:
+        request = self._requests[user_data >> _INDEX_BITS]
+        index = user_data & 0xFFFFFFFF
+        if nbytes != request.sizes[index]:
+            request.short[index] = (result, nbytes)
+        request.land(index, nbytes)
+        self._count(request, 1)
+
+    def _count(self, request: Request, done: int) -> None:
+        request.left -= done
+        if request.left == 0:
+            self._finish(request)
 
     def _finish(self, request: Request) -> None:
         # Not there: it had nothing to read, or failed before the first read was sent.
@@ -311,6 +339,7 @@ class Lane:
                     return
                 gate = None
                 if self._pumped:
+                    self._shared = True
                     gate = threading.Lock()
                     gate.acquire()
                     request.wake = gate.release
@@ -345,7 +374,7 @@ class Lane:
         while request.left:
             count = self._batch(request)
             left = None if deadline is None else _left(deadline)
-            # A request that comes meanwhile must not wait for the whole batch of another.
+            # Another thread that comes meanwhile must not wait for the whole batch of this one.
             timeout = left if count == 1 else min(_PATIENCE, left or _PATIENCE)
             came = self.ring.wait_into(self._records, count, timeout)
             with self._lock:
@@ -356,7 +385,7 @@ class Lane:
     def _batch(self, request: Request) -> int:
         """How many completions to wait for at once."""
         with self._lock:
-            if len(self._requests) > 1:
+            if self._shared or len(self._requests) > 1:
                 return 1
             unsent = request.sent < request.total
             return max(1, self._flying // 2 if unsent else self._flying)
@@ -390,17 +419,26 @@ class Lane:
 
     # ---- The end
 
+    def is_a_loops(self) -> bool:
+        """Whether completions are taken by an event loop, and by nobody else."""
+        loop = self._loop() if self._loop is not None else None
+        return loop is not None and not loop.is_closed()
+
+    def _collect(self) -> None:
+        """Take what has come of reads that nobody waits for."""
+        with self._lock:
+            if not self.is_a_loops() and not self._pumped:
+                self._dispatch(self.ring.wait_into(self._records, 0))
+
     def close(self) -> None:
         """Give the ring back; BufferError while anything is in flight."""
         if self.ring.closed or self.pid != os.getpid():  # the parent's is nothing here
             return
-        with self._lock:
-            if not self.for_loop and not self._pumped:
-                self._dispatch(self.ring.wait_into(self._records, 0))
-            if self._requests:
-                raise BufferError(
-                    f"{len(self._requests)} reads into the buffer are in flight: wait for them"
-                )
+        self._collect()
+        if self._requests:
+            raise BufferError(
+                f"{len(self._requests)} reads into the buffer are in flight: wait for them"
+            )
         if self._bounce is not None:
             self._bounce.close()
         self.view.release()
@@ -408,19 +446,20 @@ class Lane:
         self.ring.buffer.close()  # errors may hold this object for long
 
     def __del__(self) -> None:
-        # A stream that is dropped warns, as it should where reads are in flight.
-        if not getattr(self, "_requests", True):
-            self.close()
+        # With reads in flight it is the stream that warns, and stays.
+        if hasattr(self, "_records"):
+            with contextlib.suppress(BufferError):
+                self.close()
 
 
 class BounceLane(Lane):
     """Slots that reads go into first; `into` is the memory that they are copied to."""
 
-    def __init__(self, into: memoryview, for_loop: bool) -> None:
+    def __init__(self, into: memoryview, loop: AbstractEventLoop | None) -> None:
         self.into = into
         self.free = list(range(0, _SLOTS * SLOT, SLOT))
         slots = GpuMappedBuffer.from_host_visible(_SLOTS * SLOT)
-        super().__init__(slots, depth=_SLOTS, for_loop=for_loop)
+        super().__init__(slots, depth=_SLOTS, loop=loop)
 
 
 def copied_bytes(nbytes: int, skip: int, count: int) -> int:
@@ -437,10 +476,10 @@ def lane_of(buffer: GpuMappedBuffer, loop: AbstractEventLoop | None) -> Lane:
     key = Lane if loop is None else loop
     lane: Lane | None = buffer._lanes.get(key)
     if lane is None:
-        made = Lane(buffer, for_loop=loop is not None)
+        made = Lane(buffer, loop=loop)
         lane = buffer._lanes.setdefault(key, made)
         if lane is not made:  # another thread was faster
             made.close()
     elif lane.pid != os.getpid():  # of the process that this one was forked from
-        lane = buffer._lanes[key] = Lane(buffer, for_loop=loop is not None)
+        lane = buffer._lanes[key] = Lane(buffer, loop=loop)
     return lane

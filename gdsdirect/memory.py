@@ -249,8 +249,10 @@ class GpuMappedBuffer(Memory):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *exception: object) -> None:
+        # An exception's frames may hold views, and it says more than that.
+        with contextlib.suppress(*([BufferError] if kind is not None else [])):
+            self.close()
 
     def __repr__(self) -> str:
         where = "closed" if self.closed else f"{self.nbytes} bytes at {self.address:#x}"

@@ -7,6 +7,8 @@ import stat
 from typing import TYPE_CHECKING
 
 from gdsdirect.errors import ring_module
+from gdsdirect.extents import Extents, RefusedError
+from gdsdirect.fiemap import WHOLE, flag_names, map_extents
 from gdsdirect.lane import Lane
 from gdsdirect.memory import MemoryKind
 from gdsdirect.namespace import Namespace
@@ -25,7 +27,7 @@ BEST_FIRST = (
 )
 
 _ALIGNMENT = 4096  # bytes; what O_DIRECT wants of offset, size and address at the most
-_DWORD = 4  # bytes; what NVMe wants of an address (PRP entries, Base Specification 2.0, 4.1.1)
+DWORD = 4  # bytes; what NVMe wants of an address (PRP entries, Base Specification 2.0, 4.1.1)
 
 
 class Origin:
@@ -33,21 +35,28 @@ class Origin:
 
     `source` is what the ring reads from. `alignment` is what direct reads want of offsets and
     sizes, `memory_alignment` of addresses, in bytes. `undirected` says why there is no direct way
-    of reading it as a file, or is None.
+    of reading it as a file, or is None. `extents` is there if it was asked for and passthrough may
+    read them; if not, `unmapped` says why.
     """
 
-    def __init__(self, path: str, *, direct: bool) -> None:
+    def __init__(
+        self, path: str, *, direct: bool, extents: bool = False, opened: Source | None = None
+    ) -> None:
+        """`opened` is the file, where it isn't to be looked up by its path again."""
         self.path = path
+        self._name = path if opened is None else f"/proc/self/fd/{opened.fileno()}"
         self.source: Source
         self.namespace: Namespace | None = None
         self.undirected: str | None = None
+        self.extents: Extents | None = None
+        self.unmapped: str | None = None
         self._buffered: Source | None = None
-        mode = os.stat(path).st_mode
+        mode = os.stat(self._name).st_mode
         if stat.S_ISCHR(mode):
             self.namespace = Namespace(path)
             self.source = self.namespace._source
             self.alignment = self.namespace.lba_size
-            self.memory_alignment = _DWORD
+            self.memory_alignment = DWORD
             return
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             raise ValueError(
@@ -62,36 +71,50 @@ class Origin:
             self.close()
             text = f"{error.strerror}: a file without an end can't be read, such as those in /proc"
             raise OSError(error.errno, text, path) from None
+        if extents:
+            try:
+                self.extents = self._map()
+            except RefusedError as refused:
+                self.unmapped = str(refused)
 
     # ---- Descriptors
+
+    def _map(self) -> Extents:
+        if self.undirected is not None:
+            raise RefusedError(self.undirected)
+        if not stat.S_ISREG(os.fstat(self.source.fileno()).st_mode):
+            raise RefusedError("a device has no extents")
+        return Extents(self.source)
 
     def _open(self, direct: bool) -> Source:
         if not direct:
             self.undirected = "it was opened with direct=False"
-            return self._open_with(self.path, 0)
+            return self._open_with(self._name, 0)
         try:
-            source = self._open_with(self.path, os.O_DIRECT)
+            source = self._open_with(self._name, os.O_DIRECT)
         except OSError as error:
             self.undirected = f"its file system takes no O_DIRECT ({error.strerror})"
-            return self._open_with(self.path, 0)  # raises where more than that is in the way
+            return self._open_with(self._name, 0)  # raises where more than that is in the way
         told = ring_module().direct_alignment(source.fileno())
-        if not source.direct:
+        if told == (0, 0):
+            self.undirected = "its file system reads this file without O_DIRECT only"
+        elif not source.direct:
             self.undirected = (
                 "its file system keeps files in memory, and copies in spite of O_DIRECT"
             )
-        elif told == (0, 0):
-            self.undirected = "its file system reads this file without O_DIRECT only"
         elif told is not None:
             self.memory_alignment, self.alignment = told[0], max(told)
+        else:
+            self.undirected = _copied_in_silence(source.fileno())
         if self.alignment > SLOT:
             self.undirected = f"direct reads of it are multiples of {self.alignment} bytes"
         if self.undirected is None:
             return source
         source.close()
-        return self._open_with(self.path, 0)
+        return self._open_with(self._name, 0)
 
-    def _open_with(self, path: str, flag: int) -> Source:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flag)
+    def _open_with(self, name: str, flag: int) -> Source:
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | flag)
         source: Source = ring_module().Source(fd, self.path)
         return source
 
@@ -107,7 +130,7 @@ class Origin:
 
     def close(self) -> None:
         """Close what is open."""
-        for each in (self.namespace, self.source, self._buffered):
+        for each in (self.namespace, self.source, self._buffered, self.extents):
             if each is not None:
                 each.close()
 
@@ -124,10 +147,13 @@ class Origin:
         """What stands in the way, into the memory of this lane; None: it is open."""
         if way is DataPath.CUFILE:
             return "gdsdirect doesn't use NVIDIA's cuFile"
-        if (way is DataPath.NVME_PASSTHROUGH) != (self.namespace is not None):
-            if self.namespace is not None:
-                return "a namespace's character device is read by passthrough only"
-            return "it is not an NVMe namespace (/dev/ngXnY)"
+        if way is DataPath.NVME_PASSTHROUGH:
+            if self.namespace is None and self.extents is None:
+                return self.unmapped or (
+                    "it is not an NVMe namespace (/dev/ngXnY), and wasn't opened with extents=True"
+                )
+        elif self.namespace is not None:
+            return "a namespace's character device is read by passthrough only"
         if way in (DataPath.FILE_FIXED, DataPath.FILE_DIRECT) and self.undirected is not None:
             return self.undirected
         if way is DataPath.FILE_FIXED and not lane.ring.registered:
@@ -135,3 +161,16 @@ class Origin:
                 return "the kernel can't register peer memory"
             return lane.why_unregistered
         return None
+
+
+def _copied_in_silence(fd: int) -> str | None:
+    """Why a file is copied although it was opened with O_DIRECT, or None.
+
+    Where statx(2) doesn't tell: btrfs reads compressed and inline extents by its page cache.
+    """
+    try:
+        flags = {flag for extent in map_extents(fd, 0, WHOLE) for flag in flag_names(extent.flags)}
+    except OSError:  # devices and network file systems have no extents to tell of
+        return None
+    odd = sorted(flags & {"encoded", "encrypted", "inline", "tail"})
+    return f"its file system copies what is {' or '.join(odd)}" if odd else None

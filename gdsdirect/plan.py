@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from gdsdirect._nvme_sqe import _survey
 
 SLOT = 16 << 10  # bytes of a slot
 REGISTERED = 1 << 30  # bytes of a registered buffer (csrc/ring.h); a read may not cross two
@@ -54,6 +56,42 @@ class Plan:
     def range(self, index: int) -> Range:
         """One of the reads into their place."""
         return Range(self.offsets[index], self.sizes[index], self.targets[index])
+
+    def ranges(self) -> list[Range]:
+        """All of them."""
+        return list(map(Range, self.offsets, self.sizes, self.targets))
+
+    def common(self) -> Common:
+        """What the reads into their place have in common."""
+        return Common(*_survey(self.offsets, self.sizes, self.targets))
+
+
+class Common(NamedTuple):
+    """Of many reads: the bits of all offsets and sizes ored, and of all targets; the smallest and
+    largest size, all together; the first offset, and the last one's end in file and buffer."""
+
+    blocks: int
+    places: int
+    least: int
+    most: int
+    total: int
+    first: int
+    end: int
+    target_end: int
+
+    def are_whole(self, rules: Rules) -> bool:
+        """Whether they may be sent as they are."""
+        return (
+            self.blocks % rules.alignment == 0
+            and (self.places | rules.address) % rules.memory_alignment == 0
+            and 0 < self.least <= self.most <= rules.most
+            and self.target_end <= REGISTERED
+        )
+
+
+def span_of(ranges: Sequence[Range]) -> tuple[int, int]:
+    """The first offset, and where the last range ends."""
+    return min(each.offset for each in ranges), max(each.offset + each.size for each in ranges)
 
 
 def plan_reads(ranges: Iterable[Range], rules: Rules, *, overrun: bool = False) -> Plan:

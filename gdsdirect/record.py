@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gdsdirect.checks.nvidia import parse_cufile_json
-from gdsdirect.checks.paths import parse_mounts
 from gdsdirect.host import ANSWERS, Host
-from gdsdirect.sysfs import Sysfs, find_extended_capability
+from gdsdirect.sysfs import Sysfs, find_extended_capability, parse_mounts
 
 _SERIAL_CAPABILITY = 0x0003  # Device Serial Number, PCI Express Base Specification 5.0, 7.9.3
 _SERIAL_BYTES = slice(4, 12)

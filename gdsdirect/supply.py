@@ -10,11 +10,11 @@ from collections.abc import Collection, Generator, Iterable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from gdsdirect.errors import ring_module
-from gdsdirect.lane import FilesReads, Lane, Request
+from gdsdirect.lane import FileReads, FilesReads, Lane, Request
 from gdsdirect.origin import Origin
 from gdsdirect.plan import Range
 from gdsdirect.stream import DataPath
-from gdsdirect.transfer import Transfer
+from gdsdirect.transfer import PIECE, Transfer
 
 if TYPE_CHECKING:
     from gdsdirect._uring_cmd import Source
@@ -26,30 +26,47 @@ _OPENS = 256  # files opened in one batch
 Landed = tuple[int, int, int, str, int, DataPath, "str | None"]
 """A chunk to be: slot, where in it the bytes begin, how many, file, offset, way, why."""
 
+Loaded = list["Landed | Failed"]
+
+Failed = tuple[int, Exception]
+"""A slot without a chunk, and why; told when it is its turn."""
+
 
 class Load:
     """Some chunks that are read together, and the request that they wait for now."""
 
     def __init__(
-        self, steps: Generator[Request, None, list[Landed]], slots: list[int], nbytes: int
+        self, steps: Generator[Request, None, Loaded], slots: list[int], nbytes: int
     ) -> None:
         self._steps = steps
         self.slots = slots
         self.nbytes = nbytes
-        self.request: Request | None = None
-        self.landed: list[Landed] = []
+        self._request: Request | None = None
+        self.landed: Loaded = []
         self.error: Exception | None = None
-        self.advance()
+        self._advance()
 
-    def advance(self) -> None:
+    def _advance(self) -> None:
         """Take the next step; after the last one there is no request."""
-        self.request = None
+        self._request = None
         try:
-            self.request = next(self._steps)
+            self._request = next(self._steps)
         except StopIteration as stop:
             self.landed = stop.value
         except Exception as error:  # told when it is this load's turn
             self.error = error
+
+    def finish(self) -> None:
+        """Wait for all of it."""
+        while self._request is not None:
+            self._request.lane.wait(self._request, None)
+            self._advance()
+
+    async def finish_async(self) -> None:
+        """The same, while other tasks run."""
+        while self._request is not None:
+            await self._request.lane.wait_async(self._request)
+            self._advance()
 
     def close(self) -> None:
         """Give up what is in flight."""
@@ -107,16 +124,58 @@ class OneFile:
     def load(self, lane: Lane, free: deque[int]) -> Load | None:
         if self.exhausted:
             return None
-        size = min(self._chunk_size, self._end - self._offset)
-        slot = free.pop()
-        load = Load(self._read(lane, self._offset, size, slot), [slot], size)
-        self._offset += size
-        self._once = False
-        return load
+        count = min(len(free), BATCH) if self._is_plain(lane) else 1
+        parts: list[Range] = []
+        while len(parts) < count and not self.exhausted:
+            size = min(self._chunk_size, self._end - self._offset)
+            parts.append(Range(self._offset, size, free.pop()))
+            self._offset += size
+            self._once = False
+        steps = self._read_all(lane, parts) if count > 1 else self._read(lane, *parts[0])
+        return Load(steps, [part.target for part in parts], sum(part.size for part in parts))
+
+    def _is_plain(self, lane: Lane) -> bool:
+        """Whether each chunk is one read of whole blocks, by a way that needs no choice."""
+        origin = self._origin
+        if origin.namespace is not None or origin.extents is not None or self._once:
+            return False
+        return (
+            (self._offset | self._chunk_size) % GRAIN == 0
+            and self._chunk_size <= PIECE
+            and origin.alignment <= GRAIN
+            and origin.unmapped is None
+            and (self._require is None or self._way(lane) in self._require)
+        )
+
+    def _way(self, lane: Lane) -> DataPath:
+        return _way(lane, self._origin.undirected is None)
+
+    def _read_all(self, lane: Lane, parts: list[Range]) -> Generator[Request, None, Loaded]:
+        origin, way = self._origin, self._way(lane)
+        grain = 1 if way is DataPath.BUFFERED else GRAIN
+        arrays = (
+            array("Q", [part.offset for part in parts]),
+            array("I", [part.size + -part.size % grain for part in parts]),
+            array("Q", [part.target for part in parts]),
+        )
+        request = FileReads(lane, origin.source, arrays, fixed=lane.ring.registered)
+        yield from _started(request)
+        why = origin.undirected or lane.why_unregistered
+        landed: Loaded = []
+        for index, part in enumerate(parts):
+            offset, size, slot = part
+            if request.short.get(index, (0, size))[1] >= size:
+                landed.append((slot, 0, size, origin.path, offset, way, why))
+                continue
+            try:
+                landed += yield from self._read(lane, *part)
+            except (OSError, ValueError) as error:
+                landed.append((slot, error))
+        return landed
 
     def _read(
         self, lane: Lane, offset: int, size: int, slot: int
-    ) -> Generator[Request, None, list[Landed]]:
+    ) -> Generator[Request, None, Loaded]:
         whole_blocks = self._origin.alignment <= GRAIN
         begin = offset % self._origin.alignment if whole_blocks else 0
         transfer = Transfer(self._origin, lane, self._require)
@@ -209,8 +268,7 @@ class ManyFiles:
 
     def _read(
         self, lane: Lane, way: DataPath, some: list[_Opened], slots: list[int]
-    ) -> Generator[Request, None, list[Landed]]:
-        yield from lane.abandoned
+    ) -> Generator[Request, None, Loaded]:
         grain = GRAIN if self._direct else 1
         arrays = (
             array("Q", bytes(8 * len(some))),
@@ -219,29 +277,39 @@ class ManyFiles:
         )
         sources = tuple(each.source for each in some if each.source is not None)
         request = FilesReads(lane, sources, arrays, fixed=lane.ring.registered)
-        try:
-            lane.start(request)
-            yield request
-        finally:
-            if request.left:
-                lane.abandon(request)
-        if request.error is not None:
-            raise request.error
+        yield from _started(request)
         why = "it was opened with direct=False" if not self._direct else lane.why_unregistered
-        landed: list[Landed] = [
+        landed: Loaded = [
             (slot, 0, each.size, each.path, 0, way, why)
             for slot, each in zip(slots, some, strict=True)
         ]
         for index, (_, nbytes) in request.short.items():
             if nbytes < some[index].size:  # cut off meanwhile, or refused
-                landed[index] = yield from self._again(lane, some[index], slots[index])
+                try:
+                    landed[index] = yield from self._again(lane, some[index], slots[index])
+                except (OSError, ValueError) as error:
+                    landed[index] = slots[index], error
         return landed
 
     def _again(self, lane: Lane, opened: _Opened, slot: int) -> Generator[Request, None, Landed]:
-        origin = Origin(opened.path, direct=self._direct)
+        origin = Origin(opened.path, direct=self._direct, opened=opened.source)
         transfer = Transfer(origin, lane, self._require)
         result = yield from transfer.read(Range(0, opened.size, slot))
         return slot, 0, result.nbytes, opened.path, 0, result.path, result.why
+
+
+def _started(request: Request) -> Generator[Request, None, None]:
+    """Start a request and wait for it, when nothing that was given up is in its way."""
+    lane = request.lane
+    yield from lane.abandoned
+    try:
+        lane.start(request)
+        yield request
+    finally:
+        if request.left:
+            lane.abandon(request)
+    if request.error is not None:
+        raise request.error
 
 
 def _way(lane: Lane, direct: bool) -> DataPath:
@@ -251,6 +319,6 @@ def _way(lane: Lane, direct: bool) -> DataPath:
     return DataPath.FILE_FIXED if lane.ring.registered else DataPath.FILE_DIRECT
 
 
-def _raise(error: Exception) -> Generator[Request, None, list[Landed]]:
+def _raise(error: Exception) -> Generator[Request, None, Loaded]:
     raise error
     yield

@@ -111,6 +111,28 @@ class KernelOption:
 
 
 @dataclass(frozen=True, slots=True)
+class Mount:
+    """A line of /proc/self/mountinfo (proc(5)), as read in `line`."""
+
+    number: str
+    """Of the device, "259:1"; those of major 0 have none below."""
+    point: str
+    kind: str
+    source: str
+    options: str
+    line: str
+
+    def holds(self, path: str) -> bool:
+        """Whether a path without links is below the mount point."""
+        return (path + "/").startswith(self.point.rstrip("/") + "/")
+
+    def option(self, name: str) -> str:
+        """The value of an option "name=value", or nothing."""
+        found = [o for o in self.options.split(",") if o.startswith(f"{name}=")]
+        return found[0].partition("=")[2] if found else ""
+
+
+@dataclass(frozen=True, slots=True)
 class Sysfs:
     """The files of the host, or of a copy of them below `root`.
 
@@ -313,6 +335,10 @@ class Sysfs:
         # Absent from a list that is empty (hidden) or was cut short says nothing.
         return False if symbols and len(symbols) < _SYMBOLS_LIMIT else None
 
+    def mounts(self) -> list[Mount]:
+        """What is mounted, as this process sees it; the last one on a place is on top."""
+        return parse_mounts(self.read_bytes("/proc/self/mountinfo", 1 << 22) or b"")
+
     def huge_page_size(self) -> int:
         """Bytes of the default huge page (/proc/meminfo), 2 MiB where that doesn't say."""
         line = self.line("Hugepagesize:", "proc/meminfo")
@@ -366,3 +392,21 @@ def _gunzip_or_none(packed: bytes, limit: int) -> bytes | None:
         return zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(packed, limit)
     except zlib.error:
         return None
+
+
+def parse_mounts(mountinfo: bytes) -> list[Mount]:
+    """The mounts that /proc/self/mountinfo tells of."""
+    found = []
+    for line in mountinfo.decode("utf-8", "replace").splitlines():
+        # 36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue
+        first, _, second = line.partition(" - ")
+        before, after = first.split(" "), second.split(" ")
+        if len(before) >= 6 and len(after) >= 3:
+            point, source = _unescape(before[4]), _unescape(after[1])
+            found.append(Mount(before[2], point, after[0], source, _unescape(after[2]), line))
+    return found
+
+
+def _unescape(text: str) -> str:
+    """Blanks are written as \\040."""
+    return re.sub(r"\\([0-3][0-7]{2})", lambda match: chr(int(match[1], 8)), text)

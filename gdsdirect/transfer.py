@@ -9,20 +9,21 @@ from __future__ import annotations
 import errno
 import time
 from array import array
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from gdsdirect._nvme_sqe import encode_nvme_read_sqes
+from gdsdirect._nvme_sqe import _encode_byte_reads
 from gdsdirect.errors import WayClosedError, completion_error
+from gdsdirect.extents import Extents, RefusedError
 from gdsdirect.lane import Bounce, CommandReads, FileReads, Lane, Request, copied_bytes
 from gdsdirect.memory import MemoryKind
 from gdsdirect.namespace import Namespace
-from gdsdirect.origin import BEST_FIRST, Origin
-from gdsdirect.plan import Bounced, Plan, Range, Rules, plan_reads
+from gdsdirect.origin import BEST_FIRST, DWORD, Origin
+from gdsdirect.plan import Bounced, Plan, Range, Rules, plan_reads, span_of
 from gdsdirect.stream import DataPath
 
-_PIECE = 1 << 20  # bytes of one read of a file: large enough that its overhead doesn't show
+PIECE = 1 << 20  # bytes of one read of a file: large enough that its overhead doesn't show
 _TRIES = 3  # times that a read may bring nothing although there is more
 
 # Registered memory is a run of pages to the kernel, and Linux 6.1 wants whole blocks of each
@@ -56,6 +57,13 @@ class ReadResult:
     ways: Mapping[DataPath, int] = field(default_factory=dict)
 
 
+class _Came(NamedTuple):
+    """Bytes that a run brought, and how many of them by way of a slot."""
+
+    nbytes: int
+    copied: int
+
+
 class _Gap(NamedTuple):
     """What a read did not bring, and the kernel's result for it."""
 
@@ -72,29 +80,35 @@ class Transfer:
         self._origin = origin
         self._lane = lane
         self._require = require
-        self._way, self._why = self._choose(BEST_FIRST)
+        self._reasons = [f"NVME_PASSTHROUGH is closed: {origin.unmapped}"] * bool(origin.unmapped)
         self._bounced = 0
         self._ways: dict[DataPath, int] = {}
+        self._way = self._choose({})
 
-    def _choose(self, among: Iterable[DataPath]) -> tuple[DataPath, str | None]:
-        """The best open way, and why no better one is."""
-        obstacles: dict[DataPath, str] = {}
-        for way in among:
-            obstacle = self._origin.obstacle(way, self._lane)
+    def _choose(self, obstacles: dict[DataPath, str]) -> DataPath:
+        """The best way that is open and not among `obstacles`; notes why it is no better one."""
+        for way in BEST_FIRST:
+            obstacle = obstacles.get(way) or self._origin.obstacle(way, self._lane)
             if obstacle is None and (self._require is None or way in self._require):
-                return way, self._excuse(way)
+                self._reasons += self._excuses(way)
+                return way
             obstacles[way] = obstacle or "require= leaves it out"
-        asked = {way: obstacles[way] for way in obstacles if way in (self._require or obstacles)}
-        raise WayClosedError(
-            self._origin.path, {way.name: obstacle for way, obstacle in asked.items()}
-        )
+        asked = self._require if self._require is not None else obstacles
+        raise WayClosedError(self._origin.path, {way.name: obstacles[way] for way in asked})
 
-    def _excuse(self, way: DataPath) -> str | None:
+    def _excuses(self, way: DataPath) -> Iterator[str]:
         if way is DataPath.BUFFERED:
-            return self._origin.undirected or "require= asks for it"
-        if way is DataPath.FILE_DIRECT and self._lane.kind is not MemoryKind.BAR1_PEER:
-            return self._lane.why_unregistered
-        return None
+            yield self._origin.undirected or "require= asks for it"
+        if way is DataPath.FILE_DIRECT and self._lane.why_unregistered is not None:
+            yield self._lane.why_unregistered
+
+    @property
+    def _namespace(self) -> Namespace | None:
+        """What the commands go to, where the way is passthrough."""
+        if self._way is not DataPath.NVME_PASSTHROUGH:
+            return None
+        extents = self._origin.extents
+        return self._origin.namespace if extents is None else extents.namespace
 
     # ---- Steps
 
@@ -102,23 +116,44 @@ class Transfer:
         """Bring `wanted`, or what the file has of it. `overrun` is that of `plan_reads`."""
         yield from self._lane.abandoned  # it may write into the buffer still
         end = min(wanted.offset + wanted.size, self._origin.size)
-        left = [wanted._replace(size=max(0, end - wanted.offset))]
-        self._settle(wanted)
+        whole = wanted._replace(size=max(0, end - wanted.offset))
+        cut = yield from self._bring([whole] if whole.size else [], overrun=overrun)
+        return self._result(max(0, min(end, cut.range.offset if cut else end) - wanted.offset))
+
+    def read_many(self, plan: Plan) -> Steps:
+        """Bring all reads of a plan that the caller made; ShortReadError for one beyond the end."""
+        yield from self._lane.abandoned
+        common = plan.common()
+        whole = common.are_whole(self._rules())
+        ranges = [] if whole else [each for each in plan.ranges() if each.size]
+        cut = yield from self._bring(ranges, plan=plan if whole else None)
+        if cut is not None:
+            raise self._error(cut)
+        return self._result(common.total)
+
+    def _bring(
+        self, left: list[Range], *, overrun: bool = False, plan: Plan | None = None
+    ) -> Generator[Request, None, _Gap | None]:
+        """Read until nothing is left but what lies beyond the file's end, and return the first of
+        that. A `plan` is for the first attempt, in place of ranges."""
+        cut: _Gap | None = None
         tries = 0
-        while left:
+        for whole in left:
+            self._settle(whole)
+        while left or plan is not None:
             before, way = left, self._way
-            gaps = yield from self._attempt(left, overrun=overrun)
-            left = []
+            gaps = yield from self._attempt(left, plan, overrun=overrun)
+            left, plan = [], None
             for gap in sorted(gaps):
                 if gap.result >= 0 and self._is_the_end(gap.range.offset):
-                    end = min(end, gap.range.offset)
-                elif gap.range.offset < end:
+                    cut = min(cut or gap, gap)
+                elif cut is None or gap.range.offset < cut.range.offset:
                     self._judge(gap, way)
                     left.append(gap.range)
-            tries = tries + 1 if left == before else 0
+            tries = tries + 1 if left == before and way is self._way else 0
             if tries == _TRIES:
                 raise self._error(gaps[0])
-        return self._result(max(0, end - wanted.offset))
+        return cut
 
     def _settle(self, wanted: Range) -> None:
         """What address and offset have to do with each other, which the way depends on too."""
@@ -129,19 +164,60 @@ class Transfer:
             return
         if self._way is DataPath.FILE_FIXED and direct:
             self._way = DataPath.FILE_DIRECT
-            self._why = _APART.format(rules.memory_alignment, "FILE_FIXED doesn't go")
+            self._note(_APART.format(rules.memory_alignment, "FILE_FIXED doesn't go"))
             self._settle(wanted)
         else:
-            self._why = _APART.format(rules.memory_alignment, "every byte is copied")
+            self._note(_APART.format(rules.memory_alignment, "every byte is copied"))
+
+    def _note(self, reason: str) -> None:
+        if reason not in self._reasons:
+            self._reasons.append(reason)
 
     def _is_the_end(self, offset: int) -> bool:
         return self._origin.namespace is None and offset >= self._origin.size
 
     def _attempt(
-        self, ranges: list[Range], *, overrun: bool
+        self, ranges: list[Range], plan: Plan | None, *, overrun: bool
     ) -> Generator[Request, None, list[_Gap]]:
-        """Read the ranges once, and return what that did not bring."""
-        plan = plan_reads(ranges, self._rules(), overrun=overrun)
+        """Read the ranges, or the plan, once; returns what that did not bring."""
+        if self._origin.extents is not None and self._namespace is not None:
+            return (yield from self._attempt_by_extents(self._origin.extents, ranges, plan))
+        plan = plan or plan_reads(ranges, self._rules(), overrun=overrun)
+        gaps, came = yield from self._run(plan)
+        self._count(came)
+        return gaps
+
+    def _attempt_by_extents(
+        self, extents: Extents, ranges: list[Range], plan: Plan | None
+    ) -> Generator[Request, None, list[_Gap]]:
+        """The same past the file system: all of it, or none, with a reason to do it as a file."""
+        first, end = plan.common()[5:7] if plan is not None else span_of(ranges)
+        try:
+            with extents.hold(first, end) as held:
+                device = held.located(plan) if plan is not None else None
+                if device is None:
+                    ranges = plan.ranges() if plan is not None else ranges
+                    device = plan_reads(held.on_the_device(ranges), self._rules())
+                gaps, came = yield from self._run(device)
+                if gaps and not self._is_refusal(gaps[0]):
+                    raise self._error(gaps[0])
+                if gaps:
+                    raise RefusedError(self._error(gaps[0]).strerror)
+                if held.moved():
+                    raise RefusedError("its blocks were moved while they were read")
+        except RefusedError as refused:
+            obstacle = str(refused)
+            self._note(f"NVME_PASSTHROUGH is closed: {obstacle}")
+            self._way = self._choose({DataPath.NVME_PASSTHROUGH: obstacle})
+            ranges = plan.ranges() if plan is not None else ranges
+            for whole in ranges:
+                self._settle(whole)
+            return [_Gap(whole, 0) for whole in ranges]
+        self._count(came)
+        return []
+
+    def _run(self, plan: Plan) -> Generator[Request, None, tuple[list[_Gap], _Came]]:
+        """The plan's reads: what is missing of them, and what came."""
         direct = self._direct(plan) if plan.offsets else None
         bounce = self._by_slots(plan.bounced) if plan.bounced else None
         requests = [request for request in (direct, bounce) if request is not None]
@@ -159,27 +235,28 @@ class Transfer:
         gaps = _gaps(direct, lambda index: (plan.range(index), 0))
         missed = _gaps(bounce, lambda index: (plan.bounced[index].wanted, plan.bounced[index].skip))
         copied = sum(each.wanted.size for each in plan.bounced) - _total(missed)
-        came = sum(plan.sizes) - _total(gaps) + copied
-        self._bounced += copied
-        self._ways[self._way] = self._ways.get(self._way, 0) + came
-        return gaps + missed
+        placed = plan.common().total if plan.offsets else 0
+        return gaps + missed, _Came(placed - _total(gaps) + copied, copied)
+
+    def _count(self, came: _Came) -> None:
+        self._bounced += came.copied
+        self._ways[self._way] = self._ways.get(self._way, 0) + came.nbytes
 
     def _rules(self) -> Rules:
-        origin, address = self._origin, self._lane.address
+        origin, address, namespace = self._origin, self._lane.address, self._namespace
+        if namespace is not None:
+            return Rules(namespace.lba_size, DWORD, namespace.safe_transfer, address)
         if self._way is DataPath.BUFFERED:
-            return Rules(1, 1, _PIECE, address)
-        if origin.namespace is not None:
-            most = origin.namespace.safe_transfer
-            return Rules(origin.alignment, origin.memory_alignment, most, address)
+            return Rules(1, 1, PIECE, address)
         fixed = self._way is DataPath.FILE_FIXED
         memory_alignment = origin.alignment if fixed else origin.memory_alignment
-        return Rules(origin.alignment, memory_alignment, _PIECE, address)
+        return Rules(origin.alignment, memory_alignment, PIECE, address)
 
     def _direct(self, plan: Plan) -> Request:
-        origin = self._origin
-        if origin.namespace is not None:
-            commands = _commands(origin.namespace, plan, self._lane.address)
-            return CommandReads(self._lane, origin.namespace, commands, plan.sizes)
+        origin, namespace = self._origin, self._namespace
+        if namespace is not None:
+            commands = _commands(namespace, plan, self._lane.address)
+            return CommandReads(self._lane, namespace, commands, plan.sizes)
         return FileReads(
             self._lane,
             origin.buffered if self._way is DataPath.BUFFERED else origin.source,
@@ -188,23 +265,19 @@ class Transfer:
         )
 
     def _by_slots(self, bounced: list[Bounced]) -> Request:
-        origin, lane = self._origin, self._lane.bounce
+        namespace, source, lane = self._namespace, self._origin.source, self._lane.bounce
+        fixed = self._way is DataPath.FILE_FIXED and lane.ring.registered
 
         def submit(start: int, slots: array[int], user_data: int) -> object:
             some = bounced[start : start + len(slots)]
-            reads = Plan(
-                array("Q", [each.offset for each in some]),
-                array("I", [each.size for each in some]),
-                slots,
-            )
-            if origin.namespace is not None:
-                commands = _commands(origin.namespace, reads, lane.address)
+            offsets = array("Q", [each.offset for each in some])
+            sizes = array("I", [each.size for each in some])
+            if namespace is not None:
+                commands = _commands(namespace, Plan(offsets, sizes, slots), lane.address)
                 send = lane.ring.submit_nvme_passthrough
-                return send(origin.namespace, commands, user_data=user_data)
-            fixed = self._way is DataPath.FILE_FIXED and lane.ring.registered
-            reads_of = lane.ring.submit_reads_fixed if fixed else lane.ring.submit_reads
-            arrays = reads.offsets, reads.sizes, reads.targets
-            return reads_of(origin.source, *arrays, user_data=user_data)
+                return send(namespace, commands, user_data=user_data)
+            reads = lane.ring.submit_reads_fixed if fixed else lane.ring.submit_reads
+            return reads(source, offsets, sizes, slots, user_data=user_data)
 
         sizes = array("I", [each.size for each in bounced])
         wanted = [(each.skip, each.wanted.size, each.wanted.target) for each in bounced]
@@ -214,28 +287,32 @@ class Transfer:
 
     def _judge(self, gap: _Gap, way: DataPath) -> None:
         """Raise for what can't be read; else what is left is to be read again, `self._way`."""
-        if self._origin.namespace is not None:
-            raise self._error(gap)
-        if gap.result >= 0:
+        if gap.result >= 0 and self._namespace is None:
             return
         error = self._error(gap)
         copying = self._require is None or DataPath.BUFFERED in self._require
-        if way is DataPath.BUFFERED or -gap.result not in _REFUSALS or not copying:
+        files = way in (DataPath.FILE_FIXED, DataPath.FILE_DIRECT)
+        if not (files and copying and self._is_refusal(gap)):
             raise error
-        self._way, self._why = DataPath.BUFFERED, f"{way.name} was refused: {error.strerror}"
+        self._way = DataPath.BUFFERED
+        self._note(f"{way.name} was refused: {error.strerror}")
+
+    @staticmethod
+    def _is_refusal(gap: _Gap) -> bool:
+        return -gap.result in _REFUSALS
 
     def _error(self, gap: _Gap) -> OSError:
-        namespace, (offset, size, _) = self._origin.namespace, gap.range
+        namespace, (offset, size, _) = self._namespace, gap.range
         peer = self._lane.kind is MemoryKind.BAR1_PEER
-        path = self._origin.path
         if namespace is None:
+            path = self._origin.path
             return completion_error(gap.result, 0, size, path=path, offset=offset, peer=peer)
         first = offset // namespace.lba_size
         return completion_error(
             gap.result,
             0,
             size,
-            path=path,
+            path=namespace.path,
             namespace_id=namespace.nsid,
             starting_lba=first,
             blocks=-(-(offset + size) // namespace.lba_size) - first,
@@ -245,18 +322,14 @@ class Transfer:
     def _result(self, nbytes: int) -> ReadResult:
         ways = {way: self._ways[way] for way in BEST_FIRST if self._ways.get(way)}
         path = next(reversed(ways), self._way)
-        return ReadResult(nbytes, path, self._why, self._bounced, ways)
+        why = "; ".join(self._reasons) or None
+        return ReadResult(nbytes, path, why, self._bounced, ways)
 
 
 def _commands(namespace: Namespace, plan: Plan, address: int) -> bytes:
     """The plan's reads, packed; `address` is that of the memory they go into."""
-    lba_size = namespace.lba_size
-    return encode_nvme_read_sqes(
-        namespace.nsid,
-        array("Q", [offset // lba_size for offset in plan.offsets]),
-        array("I", [size // lba_size for size in plan.sizes]),
-        array("Q", [address + target for target in plan.targets]),
-    )
+    reads = plan.offsets, plan.sizes, plan.targets
+    return _encode_byte_reads(namespace.nsid, namespace.lba_size, *reads, address)
 
 
 def _gaps(request: Request | None, wanted: Callable[[int], tuple[Range, int]]) -> list[_Gap]:
@@ -298,6 +371,10 @@ def finish(steps: Steps, timeout: float | None) -> ReadResult:
     except StopIteration as stop:
         result: ReadResult = stop.value
         return result
+    except TimeoutError as error:
+        if error.errno is not None:  # the drive's or the kernel's own
+            raise
+        raise TimeoutError(f"the read did not come back in {timeout} s") from None
     finally:
         steps.close()
 

@@ -64,10 +64,12 @@ def read_randomly(
     ways: Sequence[DataPath | None],
     count: int,
     seed: object,
+    *,
+    extents: bool = False,
 ) -> None:
     """`count` random reads along each of `ways`, and of each way once it was taken at all."""
     chance = random.Random(str(seed))
-    with File(path) as file:
+    with File(path, extents=extents) as file:
         for way in ways:
             taken: set[DataPath] = set()
             for _ in range(count):

@@ -304,6 +304,42 @@ def test_a_file_that_cannot_be_read_is_one_error(
     assert errors == [(20, FileNotFoundError), (20, ValueError), (20, ValueError)]
 
 
+def test_one_that_fails_takes_no_other_along(tmp_path: Path, buffer: GpuMappedBuffer) -> None:
+    """A file that is cut off when it was opened already, and its path leads elsewhere."""
+    paths = [tmp_path / f"{number:03}" for number in range(100)]
+    for path in paths:
+        path.write_bytes(path.name.encode() * 1000)
+    with stream_files(paths, buffer, chunk_size=4096) as stream:
+        found = [next(stream).file]
+        for path in paths[60:70]:
+            os.truncate(path, 5)
+            path.unlink()
+            path.write_bytes(b"another file")
+        for chunk in stream:
+            whole = chunk.view == Path(chunk.file).name.encode() * 1000
+            assert whole or chunk.view == (Path(chunk.file).name.encode() * 1000)[:5]
+            found.append(chunk.file)
+    assert found == list(map(str, paths))
+
+
+def test_threads_share_a_stream(path: Path, data: bytes, buffer: GpuMappedBuffer) -> None:
+    """Each chunk is handed out once."""
+    found: dict[int, bytes] = {}
+
+    def work(stream: ChunkStream) -> None:
+        for chunk in stream:
+            with chunk:
+                found[chunk.offset] = bytes(chunk.view)
+
+    with File(path) as file, file.stream(buffer, chunk_size=16 << 10) as stream:
+        threads = [threading.Thread(target=work, args=(stream,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert b"".join(found[offset] for offset in sorted(found)) == data
+
+
 def test_a_file_that_shrinks_between_opening_and_reading(
     tmp_path: Path, buffer: GpuMappedBuffer
 ) -> None:
@@ -326,6 +362,10 @@ def test_any_iterable_of_paths(files: dict[str, bytes], buffer: GpuMappedBuffer)
         assert sum(chunk.nbytes for chunk in stream) == sum(map(len, files.values()))
     with stream_files([], buffer) as stream:
         assert list(stream) == []
+    plain = bytearray(MIB)
+    with stream_files(files, plain) as stream:
+        assert sum(chunk.nbytes for chunk in stream) == sum(map(len, files.values()))
+    plain += b"may be resized again"
     with stream_files([b"x\0y"], buffer) as stream, pytest.raises(ValueError, match="null byte"):
         next(stream)
 
@@ -346,6 +386,32 @@ def test_async_for(
                 assert chunk.offset or chunk.view == files[chunk.file][: chunk.nbytes]
                 seen += chunk.nbytes
             assert seen == sum(map(len, files.values()))
+
+    asyncio.run(main())
+
+
+def test_tasks_share_a_stream_and_may_be_cancelled(
+    files: dict[str, bytes], buffer: GpuMappedBuffer
+) -> None:
+    """Also while the next files are being opened; no chunk is lost, or comes twice."""
+
+    async def main() -> None:
+        found: dict[tuple[str, int], int] = {}
+
+        async def work(stream: ChunkStream) -> None:
+            async for chunk in stream:
+                found[chunk.file, chunk.offset] = chunk.nbytes
+                chunk.release()
+                await asyncio.sleep(0)
+
+        async with stream_files(files, buffer) as stream:
+            for _ in range(5):
+                hasty = asyncio.create_task(anext(stream))
+                await asyncio.sleep(0)
+                hasty.cancel()
+                await asyncio.gather(hasty, return_exceptions=True)
+            await asyncio.gather(*(work(stream) for _ in range(4)))
+        assert sum(found.values()) == sum(map(len, files.values()))
 
     asyncio.run(main())
 

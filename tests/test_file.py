@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 import warnings
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -417,6 +418,87 @@ def test_a_task_that_is_cancelled(path: Path, data: bytes, buffer: GpuMappedBuff
                 assert view[:MIB] == data[MIB : 2 * MIB]
 
     asyncio.run(main())
+
+
+def test_a_loop_that_ends_with_a_read_in_flight(path: Path, data: bytes) -> None:
+    """The buffer isn't held for ever."""
+    buffer = GpuMappedBuffer.from_host_visible(6 * MIB)
+
+    async def main(file: File) -> None:
+        asyncio.create_task(file.read_into_async(buffer)).cancel()
+        task = asyncio.create_task(file.read_into_async(buffer))
+        await asyncio.sleep(0)
+        task.cancel()
+
+    with File(path) as file:
+        asyncio.run(main(file))
+        file.read_into(buffer, offset=MIB, size=MIB)
+        with buffer.view() as view:
+            assert view[:MIB] == data[MIB : 2 * MIB]
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            buffer.close()
+            break
+        except BufferError:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+# ---- Many ranges
+
+
+def test_many_ranges(path: Path, data: bytes, buffer: GpuMappedBuffer) -> None:
+    """Whole blocks, and any; arrays, NumPy's and lists."""
+    chance = random.Random("many")
+    with File(path) as file, buffer.view() as view:
+        for grain, way in [(4096, None), (1, None), *((4096, way) for way in WAYS)]:
+            sizes = [grain * chance.randrange(1, 4 if grain > 1 else 9000) for _ in range(200)]
+            offsets = [chance.randrange(len(data) - size) // grain * grain for size in sizes]
+            targets = [16384 * number + (number % 3 if grain == 1 else 0) for number in range(200)]
+            arrays = chance.choice(
+                [
+                    (offsets, sizes, targets),
+                    (array("Q", offsets), array("I", sizes), array("Q", targets)),
+                    (np.array(offsets), np.array(sizes, np.int32), np.array(targets)),
+                ]
+            )
+            result = file.read_many_into(buffer, *arrays, require=way)
+            assert result.nbytes == sum(sizes) == sum(result.ways.values())
+            assert way is None or result.path is way
+            for offset, size, target in zip(offsets, sizes, targets, strict=True):
+                assert view[target : target + size] == data[offset : offset + size]
+        assert file.read_many_into(buffer, [], [], []).nbytes == 0
+        assert file.read_many_into(buffer, [5, 9], [0, 3], [0, 1]).nbytes == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (([0], [1], [0, 1]), r"have \[1, 1, 2\] numbers: give as many of each"),
+        (([-1], [1], [0]), r"offsets: give integers from 0 to 2\*\*64 - 1"),
+        (([0], [1 << 32], [0]), r"sizes: give integers from 0 to 2\*\*32 - 1"),
+        ((np.array([-1]), [1], [0]), "offsets has negative numbers"),
+        (([0], [2], [6 * MIB - 1]), "a range ends at byte 6291457 of the buffer, which has"),
+        (([0], [1], [(1 << 64) - 1]), "a range ends at byte"),
+    ],
+)
+def test_wrong_ranges(
+    arguments: tuple[list[int], list[int], list[int]],
+    text: str,
+    path: Path,
+    buffer: GpuMappedBuffer,
+) -> None:
+    with File(path) as file, pytest.raises(ValueError, match=text):
+        file.read_many_into(buffer, *arguments)
+
+
+def test_a_range_beyond_the_end(path: Path, data: bytes, buffer: GpuMappedBuffer) -> None:
+    with File(path) as file:
+        for way in (None, *WAYS):
+            for offset in (len(data) - 1, len(data), len(data) + 5000, 1 << 62):
+                with pytest.raises(ShortReadError):
+                    file.read_many_into(buffer, [0, offset], [4096, 4096], [0, 4096], require=way)
 
 
 # ---- What is refused

@@ -664,6 +664,27 @@ def _read_into(world: World) -> None:
     ReadResult(1, DataPath.BUFFERED)
 
 
+@calls("File.read_many_into")
+def _read_many_into(world: World) -> None:
+    with File(world.folder / "file") as file:
+        read, buffer = file.read_many_into, world.buffer
+        read(buffer, [0, 100], [10, 20], [0, 1000])
+        read(buffer, array("Q", [0]), array("I", [50]), numpy.array([512]))
+        fails(ShortReadError, read, buffer, [150], [100], [0])
+        fails(ValueError, read, buffer, [0], [10], [0, 1])
+        fails(ValueError, read, buffer, [-1], [10], [0])
+        fails(ValueError, read, buffer, [0], [10], [16 << 10])
+
+
+@calls("File.read_many_into_async")
+def _read_many_into_async(world: World) -> None:
+    async def main() -> None:
+        with File(world.folder / "file") as file:
+            await file.read_many_into_async(world.buffer, [0, 100], [10, 20], [0, 1000])
+
+    world.loop.run_until_complete(main())
+
+
 @calls("File.read_into_async")
 def _read_into_async(world: World) -> None:
     async def main() -> None:

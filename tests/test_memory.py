@@ -53,6 +53,18 @@ def test_closing_waits_for_views_and_streams() -> None:
     buffer.close()
 
 
+def test_an_error_is_not_hidden_by_views_that_it_holds() -> None:
+    views = []
+
+    def fail() -> None:
+        with GpuMappedBuffer.from_host_visible(4096) as buffer:
+            views.append(buffer.view())
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fail()
+
+
 def test_closing_gives_the_memory_back() -> None:
     buffer = GpuMappedBuffer.from_host_visible(64 << 20)
     before = Path("/proc/self/statm").read_text().split()[0]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import errno
+import functools
+import operator
 import os
-import re
-import struct
 from dataclasses import dataclass
 from typing import Any
 
 from gdsdirect.check import Check, Evidence, Status
 from gdsdirect.checks.nvme import Drive, drive_at, refusal
+from gdsdirect.fiemap import WHOLE, flag_names, map_extents
 from gdsdirect.host import NOT_RECORDED, Host, Stat, numbers, opened
-from gdsdirect.sysfs import Device
+from gdsdirect.sysfs import Device, Mount
 
 _DEEPEST = 8  # devices or file systems on top of each other that are followed
 
@@ -25,42 +26,7 @@ _NO_DEVICE = (
     | {"nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs", "fuse", "ceph", "lustre"}
 )
 
-# linux/fiemap.h
-_FIEMAP = 0xC020660B  # FS_IOC_FIEMAP
-_FIEMAP_HEADER = struct.Struct("=QQIIII")  # start, length, flags, mapped, count, reserved
-_FIEMAP_EXTENT = struct.Struct("=QQQ2QI3I")  # logical, physical, length, …, flags, …
-_FIEMAP_MOST = 256  # extents looked at
-_EXTENT_FLAGS = {
-    0x0002: "unknown",
-    0x0004: "delayed",
-    0x0008: "encoded",
-    0x0080: "encrypted",
-    0x0100: "not aligned",
-    0x0200: "inline",
-    0x0400: "tail",
-    0x0800: "unwritten",
-    0x2000: "shared",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Mount:
-    """A line of /proc/self/mountinfo (proc(5)), as read in `line`."""
-
-    point: str
-    kind: str
-    source: str
-    options: str
-    line: str
-
-    def holds(self, path: str) -> bool:
-        """Whether a path without links is below the mount point."""
-        return (path + "/").startswith(self.point.rstrip("/") + "/")
-
-    def option(self, name: str) -> str:
-        """The value of an option "name=value", or nothing."""
-        found = [o for o in self.options.split(",") if o.startswith(f"{name}=")]
-        return found[0].partition("=")[2] if found else ""
+_MOST_EXTENTS = 256  # that are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,28 +181,10 @@ def _file(host: Host, path: str, info: Stat) -> PathFacts:
 def find_mount(host: Host, path: str) -> Mount | None:
     """The mount that a path without links is on: the last one of those nearest to it."""
     found = None
-    for mount in parse_mounts(host.sysfs.read_bytes("/proc/self/mountinfo", 1 << 22) or b""):
+    for mount in host.sysfs.mounts():
         if mount.holds(path) and (found is None or len(mount.point) >= len(found.point)):
             found = mount
     return found
-
-
-def parse_mounts(mountinfo: bytes) -> list[Mount]:
-    """The mounts that /proc/self/mountinfo tells of."""
-    found = []
-    for line in mountinfo.decode("utf-8", "replace").splitlines():
-        # 36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue
-        first, _, second = line.partition(" - ")
-        before, after = first.split(" "), second.split(" ")
-        if len(before) >= 6 and len(after) >= 3:
-            point, source = _unescape(before[4]), _unescape(after[1])
-            found.append(Mount(point, after[0], source, _unescape(after[2]), line))
-    return found
-
-
-def _unescape(text: str) -> str:
-    """Blanks are written as \\040."""
-    return re.sub(r"\\([0-3][0-7]{2})", lambda match: chr(int(match[1], 8)), text)
 
 
 def _file_system(path: str, mount: Mount | None) -> Check:
@@ -347,7 +295,7 @@ def _extents(host: Host, path: str) -> Check:
         seen = (Evidence(f"FS_IOC_FIEMAP of {path}", text),)
         return Check(name, Status.NOT_APPLICABLE, "its extents are not told", seen, None, path)
     words = ", ".join(map(str, flags))
-    more = " or more" if count == _FIEMAP_MOST else ""
+    more = " or more" if count == _MOST_EXTENTS else ""
     why = (
         f"{count}{more} extent" + ("" if count == 1 else "s") + (f", some {words}" if words else "")
     )
@@ -357,15 +305,7 @@ def _extents(host: Host, path: str) -> Check:
 
 def read_extents(path: str) -> dict[str, Any]:
     """How many extents a file has (at most 256 are counted), and which flags any of them has."""
-    import fcntl  # not on every system
-
-    request = bytearray(_FIEMAP_HEADER.size + _FIEMAP_MOST * _FIEMAP_EXTENT.size)
-    _FIEMAP_HEADER.pack_into(request, 0, 0, (1 << 64) - 1, 0, 0, _FIEMAP_MOST, 0)
     with opened(path) as fd:
-        fcntl.ioctl(fd, _FIEMAP, request)
-    count = min(_FIEMAP_HEADER.unpack_from(request)[3], _FIEMAP_MOST)
-    flags = 0
-    for index in range(count):
-        place = _FIEMAP_HEADER.size + index * _FIEMAP_EXTENT.size
-        flags |= _FIEMAP_EXTENT.unpack_from(request, place)[5]
-    return {"count": count, "flags": [name for bit, name in _EXTENT_FLAGS.items() if flags & bit]}
+        found = map_extents(fd, 0, WHOLE, most=_MOST_EXTENTS)
+    flags = functools.reduce(operator.or_, (extent.flags for extent in found), 0)
+    return {"count": len(found), "flags": flag_names(flags)}

@@ -115,12 +115,27 @@ def overlay(mount: Mount, ext4: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def looped(mount: Mount, xfs: Path) -> Path:
-    """An ext4 in a file of the XFS."""
-    image = xfs / "looped.image"
-    subprocess.run(["mkfs.ext4", "-q", "-b", "4096", image, "16M"], check=True)
+def mount_image(mount: Mount, xfs: Path) -> Mount:
+    """Mounts a new ext4, in a file of the XFS of this name, with options."""
     subprocess.run(["modprobe", "loop"], check=True)  # makes /dev/loop-control, as udev would
-    return mount("-t", "ext4", "-o", "loop", image)
+
+    def mount_new(name: str, options: str) -> Path:
+        image = xfs / name
+        subprocess.run(["mkfs.ext4", "-q", "-b", "4096", image, "16M"], check=True)
+        return mount("-t", "ext4", "-o", f"loop,{options}", image)
+
+    return mount_new
+
+
+@pytest.fixture(scope="session")
+def looped(mount_image: Mount) -> Path:
+    return mount_image("looped.image", "rw")
+
+
+@pytest.fixture(scope="session")
+def journalled(mount_image: Mount) -> Path:
+    """Data goes to the journal first."""
+    return mount_image("journalled.image", "data=journal")
 
 
 @pytest.fixture(scope="session")
