@@ -1,19 +1,19 @@
-"""The row of file reads from the page cache: a copy of 4 KiB each, and what leads to it."""
+"""Rows of file reads from the page cache: a copy of 4 KiB each, and what leads to it."""
 
 from __future__ import annotations
 
 import os
 import random
-import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from benchmarks import packages
+import gdsdirect
+from benchmarks import packages, scratch
 from benchmarks.rows import Bound, Contestant, Pair, Row
-from benchmarks.yardstick import LIBRARY, RECORD_BYTES, Loop, Work
+from benchmarks.yardstick import RECORD_BYTES, Loop, Work
 from gdsdirect import AsyncUringStream, File, GpuMappedBuffer
 
 _FILE = 64 << 20
@@ -60,14 +60,17 @@ def _preadv(fd: int, slots: Sequence[memoryview], offsets: array[int]) -> Callab
     return run
 
 
+def _offsets() -> array[int]:
+    chance = random.Random(_READS)
+    return array("Q", (chance.randrange(0, _FILE, _NBYTES) for _ in range(_READS)))
+
+
 @contextmanager
 def cached() -> Iterator[Row]:
-    chance = random.Random(_READS)
-    offsets = array("Q", (chance.randrange(0, _FILE, _NBYTES) for _ in range(_READS)))
+    offsets = _offsets()
     targets = array("Q", (i % _BATCH * _NBYTES for i in range(_READS)))
     with ExitStack() as stack:
-        # Beside what is built, for /tmp can be memory.
-        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=LIBRARY.parent))
+        folder = stack.enter_context(scratch.folder())
         path = _cached_file(Path(folder))
         file = stack.enter_context(File(path, direct=False))
         buffer = stack.enter_context(GpuMappedBuffer.from_host_visible(_BATCH * _NBYTES))
@@ -99,3 +102,25 @@ def cached() -> Iterator[Row]:
         yield Row(
             f"4 KiB of a cached file, {_BATCH} a batch", tuple(pairs), tuple(dict.fromkeys(omitted))
         )
+
+
+@contextmanager
+def singly() -> Iterator[Row]:
+    """One call a read, as a user makes it who wants only that."""
+    offsets = _offsets()
+    with ExitStack() as stack:
+        path = _cached_file(Path(stack.enter_context(scratch.folder())))
+        file = stack.enter_context(gdsdirect.open(path, direct=False))
+        buffer = stack.enter_context(GpuMappedBuffer.from_host_visible(_NBYTES))
+
+        def ours() -> None:
+            for offset in offsets:
+                if file.read_into(buffer, offset=offset, size=_NBYTES).nbytes != _NBYTES:
+                    raise RuntimeError("read_into: a short read")
+
+        view = stack.enter_context(buffer.view())
+        preadv = _preadv(file.fileno(), [view] * _BATCH, offsets)
+        pair = Pair(
+            Contestant("file.read_into", ours, _READS), Contestant("os.preadv", preadv, _READS)
+        )
+        yield Row("4 KiB of a cached file, one at a time", (pair,))

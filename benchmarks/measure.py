@@ -13,7 +13,7 @@ _WARM_UPS = 3
 
 
 @contextmanager
-def _no_collections() -> Iterator[None]:
+def no_collections() -> Iterator[None]:
     """Garbage collection would fall on whoever is running, not on whoever made the garbage."""
     gc.collect()
     gc.disable()
@@ -42,7 +42,7 @@ def measure(row: Row, rounds: int, on_round: Callable[[], object]) -> list[Resul
     """Each pair, one right after the other, in every round; which is first and which pair is first
     changes from round to round."""
     figures: dict[Pair, tuple[list[float], list[float]]] = {pair: ([], []) for pair in row.pairs}
-    with _no_collections():
+    with no_collections():
         passes = {each.name: _passes(each) for each in row.contestants}
         for number in range(rounds):
             turn = number % len(row.pairs)
@@ -51,7 +51,19 @@ def measure(row: Row, rounds: int, on_round: Callable[[], object]) -> list[Resul
                 for contestant, its in both if number % 2 else both[::-1]:
                     its.append(_timed(contestant, passes[contestant.name]))
             on_round()
+
+    def told(times: list[float]) -> list[float]:
+        return [1e9 / ns for ns in times] if row.counted else times
+
     return [
-        Result(row.title, pair.of.name, pair.over.name, "ns", *figures[pair], pair.bound)
+        Result(
+            row.title,
+            pair.of.name,
+            pair.over.name,
+            row.counted or "ns",
+            told(figures[pair][0]),
+            told(figures[pair][1]),
+            pair.bound,
+        )
         for pair in row.pairs
     ]

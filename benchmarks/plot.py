@@ -12,7 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from benchmarks.results import Result
+from benchmarks.results import MORE_IS_BETTER, Result
+from benchmarks.rows import Bound, said
 
 _INK, _QUIET, _FAINT, _ALLOWED = "#1f2933", "#7b8794", "#e4e7eb", "#e3f4ee"
 _COLOURS = {True: "#0b8a6a", False: "#d64545", None: "#829ab1"}
@@ -22,7 +23,7 @@ _LEAST = 0.08  # what is less is an arrow at the edge
 _STYLE: dict[Any, Any] = {"font.family": "DejaVu Sans", "font.size": 9, "text.color": _INK}
 
 # Inches, across: margin, what is compared, the scale, its figures, margin. Then downwards.
-_MARGIN, _NAMES, _SCALE, _FIGURES = 0.3, 3.7, 5.0, 1.3
+_MARGIN, _NAMES, _SCALE, _FIGURES = 0.3, 3.7, 5.0, 1.7
 _WIDTH = _MARGIN + _NAMES + _SCALE + _FIGURES
 _HEAD, _LINE, _GAP, _FOOT = 1.3, 0.23, 0.9, 0.75
 
@@ -30,10 +31,17 @@ _Rows = list[tuple[str, list[Result]]]
 
 
 def draw(path: Path, results: Sequence[Result], machine: dict[str, str]) -> None:
-    """A panel of what is better small, and one of what is better large."""
+    """Panels of what is better small, of what is better large, and of differences."""
+    ratios = [result for result in results if not result.is_difference]
+    less, more, differences = (
+        _rows(result for result in ratios if result.unit not in MORE_IS_BETTER),
+        _rows(result for result in ratios if result.unit in MORE_IS_BETTER),
+        _rows(result for result in results if result.is_difference),
+    )
     every = (
-        ("Time and memory: less is better", _rows(r for r in results if r.unit != "IOPS")),
-        ("IOPS: more is better", _rows(r for r in results if r.unit == "IOPS")),
+        ("Time, CPU and memory: less is better", less),
+        ("IOPS and rates: more is better", more),
+        ("Time and memory on top, as a part of what was set out: less is better", differences),
     )
     panels = [(title, rows, _lines(rows) * _LINE) for title, rows in every if rows]
     height = _HEAD + sum(panel for *_, panel in panels) + _GAP * (len(panels) - 1) + _FOOT
@@ -86,25 +94,38 @@ def _panel(axis: Axes, rows: _Rows) -> None:
 def _limits(rows: _Rows) -> tuple[float, float]:
     """All that there is and all that should be, with some room, but not for what is far off."""
     results = [result for _, some in rows for result in some]
-    shown = [number for result in results for number in result.quartiles]
-    shown += [result.bound.limit for result in results if result.bound]
+    shown = [number for result in results for number in _drawn(result)]
+    shown += [_limit(result.bound) for result in results if result.bound]
     return max(min(*shown, 1), _LEAST) / 1.2, max(*shown, 1) * 1.2
 
 
+def _limit(bound: Bound) -> float:
+    return 1 if bound.unit else bound.limit
+
+
+def _drawn(result: Result) -> tuple[float, float, float]:
+    """The quartiles; of a difference as parts of its bound."""
+    whole = result.bound.limit if result.bound and result.bound.unit else 1
+    first, median, third = (figure / whole for figure in result.quartiles)
+    return first, median, third
+
+
 def _ratio(axis: Axes, line: int, result: Result) -> None:
-    first, median, third = result.quartiles
+    first, median, third = _drawn(result)
     colour = _COLOURS[result.reached]
     if result.bound:
-        limit, (least, most) = result.bound.limit, axis.get_xlim()
+        limit, (least, most) = _limit(result.bound), axis.get_xlim()
         begin, end = (least, limit) if result.bound.at_most else (limit, most)
         axis.barh(line, end - begin, 0.64, begin, color=_ALLOWED, zorder=0.5)
         axis.vlines(limit, line - 0.32, line + 0.32, color=_INK, linewidth=1.5)
     axis.hlines(line, first, third, color=colour, linewidth=2.4)
     marker, place = ("o", median) if median >= _LEAST else ("<", _LEAST)
     axis.plot(place, line, marker, color=colour, markersize=6.5, markeredgecolor="white")
-    _write(axis, 0.15 - _NAMES, line, f"{result.of}  over  {result.over}")
-    _write(axis, _SCALE + 0.2, line, f"{median:.2f}", weight="bold", color=colour)
-    _write(axis, _SCALE + 0.65, line, str(result.bound or ""), color=_QUIET)
+    over = f"  over  {result.over}" if result.over else ""
+    figure = said(result.quartiles[1], result.unit) if result.is_difference else f"{median:.2f}"
+    _write(axis, 0.15 - _NAMES, line, f"{result.of}{over}")
+    _write(axis, _SCALE + 0.2, line, figure, weight="bold", color=colour)
+    _write(axis, _SCALE + 0.9, line, str(result.bound or ""), color=_QUIET)
 
 
 def _write(

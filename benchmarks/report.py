@@ -11,16 +11,17 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.results import Result
+from benchmarks.rows import said
 
 # Heading, characters, alignment.
 _COLUMNS: tuple[tuple[str, int, Literal["left", "right"]], ...] = (
     ("", 24, "left"),
-    ("", 13, "right"),
+    ("", 15, "right"),
     ("over", 24, "left"),
-    ("", 13, "right"),
-    ("ratio", 6, "right"),
-    ("quartiles", 13, "right"),
-    ("bound", 6, "left"),
+    ("", 15, "right"),
+    ("ratio", 9, "right"),
+    ("quartiles", 19, "right"),
+    ("bound", 9, "left"),
     ("", 7, "left"),
 )
 WIDTH = sum(width + 1 for _, width, _ in _COLUMNS)
@@ -36,14 +37,14 @@ def show(results: Sequence[Result], notes: Sequence[str], console: Console) -> N
         console.print(f"\n{row}", style="bold", highlight=False)
         lines = _lines()
         for result in some:
-            first, median, third = result.quartiles
+            first, median, third = (_compared(result, figure) for figure in result.quartiles)
             lines.add_row(
                 f"  {result.of}",
                 _figure(result.of_figures, result.unit),
                 result.over,
-                _figure(result.over_figures, result.unit),
-                f"{median:.2f}",
-                f"{first:.2f} … {third:.2f}",
+                _figure(result.over_figures, result.unit) if result.over else "",
+                f"+{median}" if result.is_difference and result.over else median,
+                f"{first} … {third}",
                 str(result.bound or ""),
                 _VERDICTS[result.reached],
             )
@@ -61,16 +62,19 @@ def _lines() -> Table:
 
 
 def _figure(figures: Sequence[float], unit: str) -> str:
-    median = statistics.median(figures)
-    return f"{median:,.1f} {unit}" if median < 100 else f"{median:,.0f} {unit}"
+    return said(statistics.median(figures), unit)
+
+
+def _compared(result: Result, figure: float) -> str:
+    return said(figure, result.unit) if result.is_difference else f"{figure:.2f}"
 
 
 def write(
     path: Path, results: Sequence[Result], notes: Sequence[str], machine: dict[str, str]
 ) -> None:
-    said = {
+    report = {
         "machine": machine,
         "results": [result.as_json() for result in results],
         "notes": list(notes),
     }
-    path.write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")

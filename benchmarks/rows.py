@@ -13,18 +13,32 @@ class Contestant:
     commands: int
 
 
+# Beyond ten of the larger unit, it's told in that.
+_LARGER = {"ns": (1000, "us"), "bytes": (1 << 20, "MiB")}
+
+
+def said(figure: float, unit: str) -> str:
+    """A figure to read."""
+    size, larger = _LARGER.get(unit, (1, unit))
+    if abs(figure) >= 10 * size:
+        figure, unit = figure / size, larger
+    return f"{figure:,.1f} {unit}" if abs(figure) < 100 else f"{figure:,.0f} {unit}"
+
+
 @dataclass(frozen=True)
 class Bound:
-    """What a ratio should be: at most, or at least, `limit`."""
+    """What a ratio should be, or with a `unit` a difference: at most, or at least, `limit`."""
 
     limit: float
     at_most: bool = True
+    unit: str = ""
 
-    def reached(self, ratio: float) -> bool:
-        return ratio <= self.limit if self.at_most else ratio >= self.limit
+    def reached(self, figure: float) -> bool:
+        return figure <= self.limit if self.at_most else figure >= self.limit
 
     def __str__(self) -> str:
-        return f"{'≤' if self.at_most else '≥'} {self.limit:g}"
+        limit = said(self.limit, self.unit) if self.unit else f"{self.limit:g}"
+        return f"{'≤' if self.at_most else '≥'} {limit}"
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,8 @@ class Row:
     pairs: tuple[Pair, ...]
     omitted: tuple[str, ...] = ()
     """Who could not take part, and why."""
+    counted: str = ""
+    """The unit to tell as how many commands went in a second ("files/s"); else it's ns for one."""
 
     @property
     def contestants(self) -> tuple[Contestant, ...]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from benchmarks import depth, files, packing, passthrough
+from benchmarks import depth, files, many, opening, packing, passthrough
 from benchmarks.rows import Row
 
 ROWS: tuple[Callable[[], AbstractContextManager[Row]], ...] = (
@@ -11,5 +11,9 @@ ROWS: tuple[Callable[[], AbstractContextManager[Row]], ...] = (
     packing.many,
     *passthrough.ROWS,
     files.cached,
+    files.singly,
+    many.files,
+    opening.alone,
+    opening.with_a_read,
     depth.time,
 )
