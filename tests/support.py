@@ -1,5 +1,6 @@
 """Helpers that several tests use."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -23,6 +24,12 @@ def needs_lab(*programs: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(
         "lab" not in REQUIRED and bool(missing), reason=f"not installed: {', '.join(missing)}"
     )
+
+
+needs_torch = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None,
+    reason="torch is not installed: the extra `dev` leaves it out, since PyPI's brings all of CUDA",
+)
 
 
 def run_python(script: str, *arguments: str, timeout: float = 60) -> str:

@@ -58,3 +58,23 @@ def test_the_example_of_a_survey(tmp_path: Path, capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr().out
     assert "BUFFERED into host memory is open" in shown
     assert "   by path.namespace" in shown
+
+
+def test_the_examples_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One after the other, as they stand there. docs/examples: tests/test_example.py."""
+    page = (ROOT / "docs" / "files.md").read_text().replace("/data/", f"{tmp_path}/")
+    (tmp_path / "model").write_bytes(bytes(range(250)) * 10_000)
+    (tmp_path / "samples").mkdir()
+    for number in range(3):
+        (tmp_path / "samples" / str(number)).write_bytes(b"abc" * 20_000 * number)
+    names: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(code, names)
+    shown = capsys.readouterr().out.splitlines()
+    way = names["result"].path.name
+    assert shown[0].startswith(f"1000000 {way}")
+    assert shown[1].startswith("NVME_PASSTHROUGH is closed: it is not an NVMe namespace")
+    assert shown[3:5] == [f"0 1048576 {way} 249", f"1048576 1048576 {way} 249"]
+    sizes = [line.removeprefix(f"{tmp_path}/samples/") for line in shown if "/samples/" in line]
+    assert sizes == ["0 0 0", "1 0 60000", "2 0 65536", "2 65536 54464"]
+    assert shown[-1] == str([way] * 3)

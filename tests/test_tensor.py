@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import run_python
+from support import needs_torch, run_python
 
 from gdsdirect import GpuMappedBuffer, Tensor, _uring_cmd
+from gdsdirect.tensor import _TYPES
 
 KNOWN_TO_NUMPY = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -129,6 +130,55 @@ def test_the_version_that_a_consumer_knows(buffer: GpuMappedBuffer) -> None:
     assert versioned[:2] == (1, 1)
     assert versioned[4] == 0  # flags: neither read-only nor a copy
     assert tensor.__dlpack_device__() == (1, 0)
+
+
+# ---- torch
+
+
+TAKEN_BY_TORCH = {
+    "the object": lambda torch, tensor: torch.from_dlpack(tensor),
+    "a capsule without a version": lambda torch, tensor: torch.from_dlpack(tensor.__dlpack__()),
+    "a versioned capsule": lambda torch, tensor: torch.from_dlpack(
+        tensor.__dlpack__(max_version=(1, 0))
+    ),
+}
+
+
+@needs_torch
+@pytest.mark.parametrize("take", TAKEN_BY_TORCH.values(), ids=TAKEN_BY_TORCH)
+@pytest.mark.parametrize("dtype", _TYPES)
+def test_torch_sees_the_buffer_itself(
+    dtype: str, take: Callable[[Any, Tensor], Any], buffer: GpuMappedBuffer
+) -> None:
+    import torch
+
+    known = getattr(torch, dtype, None)
+    if known is None:
+        pytest.skip(f"torch {torch.__version__} has no {dtype}")
+    array = take(torch, buffer.tensor(known, (3, 1, 5), offset=64))
+    assert (array.dtype, tuple(array.shape), array.device.type) == (known, (3, 1, 5), "cpu")
+    assert array.data_ptr() == buffer.address + 64
+    assert array.is_contiguous()
+    itself = array.view(torch.uint8) if known is not torch.bool else array
+    assert bytes(itself.flatten().tolist()) == contents(buffer)[64 : 64 + array.nbytes]
+    array[2, 0, 4] = 1
+    one = torch.ones((), dtype=known).reshape(1).view(torch.uint8).tolist()
+    assert contents(buffer)[64 + array.nbytes - len(one) :][: len(one)] == bytes(one)
+
+
+@needs_torch
+@pytest.mark.parametrize("take", TAKEN_BY_TORCH.values(), ids=TAKEN_BY_TORCH)
+def test_a_buffer_that_torch_sees_is_not_closed(take: Callable[[Any, Tensor], Any]) -> None:
+    import torch
+
+    buffer = GpuMappedBuffer.from_host_visible(4096)
+    array = take(torch, buffer.tensor("bfloat16"))
+    part = array.reshape(2, -1)[1:]
+    del array
+    with pytest.raises(BufferError, match="in use"):
+        buffer.close()
+    del part
+    buffer.close()
 
 
 # ---- Lifetimes
