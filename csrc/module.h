@@ -82,6 +82,7 @@ Source *gdsdirect_source_own_fd(PyTypeObject *type, int fd, int flags, PyObject 
 bool gdsdirect_source_own(Source *source);
 
 PyObject *gdsdirect_open_sources(PyObject *module, PyObject *args);
+PyObject *gdsdirect_read_sources(PyObject *module, PyObject *args);
 PyObject *gdsdirect_nvme_identify(PyObject *module, PyObject *args);
 PyObject *gdsdirect_ask_io_uring(PyObject *module, PyObject *ignored);
 PyObject *gdsdirect_direct_alignment(PyObject *module, PyObject *args);

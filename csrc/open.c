@@ -1,5 +1,7 @@
 /*
- * open_sources: many files opened in one batch, by IORING_OP_OPENAT on a ring that lives as long.
+ * Many files: opened in one batch, and read from the page cache.
+ *
+ * open_sources sends IORING_OP_OPENAT on a ring that lives as long as the call.
  *
  * Where directories and inodes are in the caches this saves the system calls; where they are not, the
  * kernel's workers look several up at a time. Plain descriptors, and not entries of the ring's file
@@ -172,5 +174,105 @@ done:
     Py_XDECREF(encoded);
     PyMem_Free(openings);
     Py_DECREF(paths);
+    return list;
+}
+
+/* ---- read_sources ------------------------------------------------------------------------- */
+
+/* A read of a whole file: what the kernel is asked for, and what came of it. */
+struct whole {
+    int fd;
+    char *target;
+    size_t size;
+    int64_t result; /* bytes, or -errno */
+};
+
+static void
+read_whole(struct whole *each)
+{
+    size_t done = 0;
+    while (done < each->size) {
+        const ssize_t came = pread(each->fd, each->target + done, each->size - done, (off_t)done);
+        if (came < 0 && errno == EINTR) {
+            continue;
+        }
+        if (came <= 0) {
+            each->result = came < 0 ? -errno : (int64_t)done;
+            return;
+        }
+        done += (size_t)came;
+    }
+    each->result = (int64_t)done;
+}
+
+/* What the arrays say, checked against the memory. -1 with an exception. */
+static int
+fill_wholes(PyTypeObject *type, struct whole *wholes, PyObject *sources, PyObject *sizes,
+            PyObject *targets, const Py_buffer *memory)
+{
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(sources); i++) {
+        PyObject *source = PyTuple_GET_ITEM(sources, i);
+        const Py_ssize_t size = PyLong_AsSsize_t(PyTuple_GET_ITEM(sizes, i));
+        const Py_ssize_t target = PyLong_AsSsize_t(PyTuple_GET_ITEM(targets, i));
+        if (PyErr_Occurred()) {
+            return -1;
+        }
+        if (!Py_IS_TYPE(source, type) || size < 0 || target < 0 || size > memory->len ||
+            target > memory->len - size) {
+            PyErr_Format(PyExc_ValueError, "read %zd: %zd bytes at %zd of %zd", i, size, target,
+                         memory->len);
+            return -1;
+        }
+        wholes[i] = (struct whole){
+            .fd = ((Source *)source)->fd,
+            .target = (char *)memory->buf + target,
+            .size = (size_t)size,
+        };
+    }
+    return 0;
+}
+
+/* read_sources(memory, sources, sizes, targets) -> for each the bytes read from its start, or -errno. For
+ * files in the page cache, from which the calling thread copies: no ring makes that faster, and without the
+ * GIL several threads do it at a time. The tuple keeps the sources, whose descriptors nobody else closes. */
+PyObject *
+gdsdirect_read_sources(PyObject *module, PyObject *args)
+{
+    struct module_state *state = PyModule_GetState(module);
+    PyObject *given, *sources, *sizes, *targets, *list = NULL;
+    Py_buffer memory;
+    if (!PyArg_ParseTuple(args, "OO!O!O!:read_sources", &given, &PyTuple_Type, &sources,
+                          &PyTuple_Type, &sizes, &PyTuple_Type, &targets)) {
+        return NULL;
+    }
+    const Py_ssize_t n = PyTuple_GET_SIZE(sources);
+    if (PyTuple_GET_SIZE(sizes) != n || PyTuple_GET_SIZE(targets) != n) {
+        return PyErr_Format(PyExc_ValueError, "give as many sources, sizes and targets");
+    }
+    if (PyObject_GetBuffer(given, &memory, PyBUF_WRITABLE) < 0) {
+        return NULL;
+    }
+    struct whole *wholes = PyMem_Calloc((size_t)n, sizeof(*wholes));
+    if (wholes == NULL) {
+        PyErr_NoMemory();
+    }
+    else if (fill_wholes(state->source_type, wholes, sources, sizes, targets, &memory) == 0) {
+        Py_BEGIN_ALLOW_THREADS
+        for (Py_ssize_t i = 0; i < n; i++) {
+            read_whole(&wholes[i]);
+        }
+        Py_END_ALLOW_THREADS
+        list = PyList_New(n);
+    }
+    for (Py_ssize_t i = 0; list != NULL && i < n; i++) {
+        PyObject *result = PyLong_FromLongLong(wholes[i].result);
+        if (result == NULL) {
+            Py_CLEAR(list);
+            break;
+        }
+        PyList_SET_ITEM(list, i, result);
+    }
+    PyMem_Free(wholes);
+    PyBuffer_Release(&memory);
     return list;
 }

@@ -6,15 +6,17 @@ import itertools
 import os
 from array import array
 from collections import deque
-from collections.abc import Collection, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from gdsdirect.errors import ring_module
-from gdsdirect.lane import FileReads, FilesReads, Lane, Request
+from gdsdirect.lane import FileReads, FilesReads, Lane, Request, lane_of
 from gdsdirect.origin import Origin
 from gdsdirect.plan import Range
 from gdsdirect.stream import DataPath
-from gdsdirect.transfer import PIECE, Transfer
+from gdsdirect.transfer import PIECE, Transfer, to_the_end
 
 if TYPE_CHECKING:
     from gdsdirect._uring_cmd import Source
@@ -32,16 +34,38 @@ Failed = tuple[int, Exception]
 """A slot without a chunk, and why; told when it is its turn."""
 
 
-class Load:
-    """Some chunks that are read together, and the request that they wait for now."""
+class Load(Protocol):
+    """Some chunks that are read together."""
+
+    slots: list[int]
+    nbytes: int
+    error: Exception | None
+    """Of all of them; told when it is this load's turn."""
+
+    @property
+    def landed(self) -> Loaded:
+        """What came, once it is finished."""
+
+    def finish(self) -> None:
+        """Wait for all of it."""
+
+    async def finish_async(self) -> None:
+        """The same, while other tasks run."""
+
+    def close(self) -> None:
+        """Give up what is in flight."""
+
+
+class RingLoad:
+    """Read by a lane: on its way once it is made."""
 
     def __init__(
         self, steps: Generator[Request, None, Loaded], slots: list[int], nbytes: int
     ) -> None:
         self._steps = steps
+        self._request: Request | None = None
         self.slots = slots
         self.nbytes = nbytes
-        self._request: Request | None = None
         self.landed: Loaded = []
         self.error: Exception | None = None
         self._advance()
@@ -53,24 +77,53 @@ class Load:
             self._request = next(self._steps)
         except StopIteration as stop:
             self.landed = stop.value
-        except Exception as error:  # told when it is this load's turn
+        except Exception as error:
             self.error = error
 
     def finish(self) -> None:
-        """Wait for all of it."""
         while self._request is not None:
             self._request.lane.wait(self._request, None)
             self._advance()
 
     async def finish_async(self) -> None:
-        """The same, while other tasks run."""
         while self._request is not None:
             await self._request.lane.wait_async(self._request)
             self._advance()
 
     def close(self) -> None:
-        """Give up what is in flight."""
         self._steps.close()
+
+
+class CopyLoad:
+    """Copied from the page cache by a thread of `workers`, beside the consumer and other loads.
+
+    Whoever submits a read of what is there copies it too: a ring doesn't make that any faster, a
+    second processor does, and an event loop had better not be the one.
+    """
+
+    def __init__(
+        self, workers: Executor, copy: Callable[[], Loaded], slots: list[int], nbytes: int
+    ) -> None:
+        self._future = workers.submit(copy)
+        self.slots = slots
+        self.nbytes = nbytes
+        self.error: Exception | None = None
+
+    @property
+    def landed(self) -> Loaded:
+        return self._future.result()
+
+    def finish(self) -> None:
+        wait((self._future,))
+
+    async def finish_async(self) -> None:
+        import asyncio
+
+        await asyncio.wait((asyncio.wrap_future(self._future),))
+
+    def close(self) -> None:
+        if not self._future.cancel():
+            wait((self._future,))
 
 
 class Supply(Protocol):
@@ -132,7 +185,7 @@ class OneFile:
             self._offset += size
             self._once = False
         steps = self._read_all(lane, parts) if count > 1 else self._read(lane, *parts[0])
-        return Load(steps, [part.target for part in parts], sum(part.size for part in parts))
+        return RingLoad(steps, [part.target for part in parts], sum(part.size for part in parts))
 
     def _is_plain(self, lane: Lane) -> bool:
         """Whether each chunk is one read of whole blocks, by a way that needs no choice."""
@@ -193,6 +246,9 @@ class _Opened(NamedTuple):
     size: int
 
 
+_Opening = tuple[list[str], "Future[list[tuple[Source, int] | int]]"]
+
+
 class ManyFiles:
     """The chunks of many files, of which small ones are opened and read in batches."""
 
@@ -213,6 +269,8 @@ class ManyFiles:
         self._opened: deque[_Opened] = deque()
         self._large: OneFile | None = None
         self._more = True
+        self._workers = ThreadPoolExecutor(_processors())
+        self._opening: _Opening | None = None
 
     @property
     def hungry(self) -> bool:
@@ -223,12 +281,20 @@ class ManyFiles:
         return not (self._more or self._opened or self._large)
 
     def open(self) -> None:
-        paths = list(itertools.islice(self._paths, _OPENS))
-        self._more = len(paths) == _OPENS
-        flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if self._direct else 0)
-        for path, opened in zip(paths, ring_module().open_sources(paths, flags), strict=True):
-            source, size = (None, 0) if isinstance(opened, int) else opened
+        self._opening = self._opening or self._open_next()
+        paths, opened = self._opening
+        self._opening = None
+        for path, each in zip(paths, opened.result(), strict=True):
+            source, size = (None, 0) if isinstance(each, int) else each
             self._opened.append(_Opened(path, source, size))
+        self._more = len(paths) == _OPENS
+        if self._more:
+            self._opening = self._open_next()  # while these are read
+
+    def _open_next(self) -> _Opening:
+        paths = list(itertools.islice(self._paths, _OPENS))
+        flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if self._direct else 0)
+        return paths, self._workers.submit(ring_module().open_sources, paths, flags)
 
     def load(self, lane: Lane, free: deque[int]) -> Load | None:
         if self._large is not None:
@@ -244,11 +310,14 @@ class ManyFiles:
             if some:
                 slots = [free.pop() for _ in some]
                 nbytes = sum(each.size for each in some)
-                return Load(self._read(lane, way, some, slots), slots, nbytes)
+                if not self._direct:
+                    copy = partial(self._copy, lane, some, slots)
+                    return CopyLoad(self._workers, copy, slots, nbytes)
+                return RingLoad(self._read(lane, way, some, slots), slots, nbytes)
         try:
             self._large = self._alone(self._opened.popleft())
         except (OSError, ValueError) as error:
-            return Load(_raise(error), [], 0)
+            return RingLoad(_raise(error), [], 0)
         return self.load(lane, free)
 
     def _batch(self, most: int) -> list[_Opened]:
@@ -269,33 +338,51 @@ class ManyFiles:
     def _read(
         self, lane: Lane, way: DataPath, some: list[_Opened], slots: list[int]
     ) -> Generator[Request, None, Loaded]:
-        grain = GRAIN if self._direct else 1
         arrays = (
             array("Q", bytes(8 * len(some))),
-            array("I", [size + -size % grain for _, _, size in some]),
+            array("I", [each.size + -each.size % GRAIN for each in some]),
             array("Q", slots),
         )
         sources = tuple(each.source for each in some if each.source is not None)
         request = FilesReads(lane, sources, arrays, fixed=lane.ring.registered)
         yield from _started(request)
-        why = "it was opened with direct=False" if not self._direct else lane.why_unregistered
-        landed: Loaded = [
-            (slot, 0, each.size, each.path, 0, way, why)
-            for slot, each in zip(slots, some, strict=True)
-        ]
+        landed = _landed(some, slots, way, lane.why_unregistered)
         for index, (_, nbytes) in request.short.items():
-            if nbytes < some[index].size:  # cut off meanwhile, or refused
-                try:
-                    landed[index] = yield from self._again(lane, some[index], slots[index])
-                except (OSError, ValueError) as error:
-                    landed[index] = slots[index], error
+            if nbytes < some[index].size:
+                landed[index] = yield from self._again(lane, some[index], slots[index])
         return landed
 
-    def _again(self, lane: Lane, opened: _Opened, slot: int) -> Generator[Request, None, Landed]:
-        origin = Origin(opened.path, direct=self._direct, opened=opened.source)
-        transfer = Transfer(origin, lane, self._require)
-        result = yield from transfer.read(Range(0, opened.size, slot))
+    def _copy(self, lane: Lane, some: list[_Opened], slots: list[int]) -> Loaded:
+        memory = lane.ring.buffer
+        sources = tuple(each.source for each in some if each.source is not None)
+        sizes = tuple(each.size for each in some)
+        came = ring_module().read_sources(memory, sources, sizes, tuple(slots))
+        landed = _landed(some, slots, DataPath.BUFFERED, "it was opened with direct=False")
+        for index, (nbytes, size) in enumerate(zip(came, sizes, strict=True)):
+            if nbytes < size:
+                # The lane may be an event loop's, and this is another thread.
+                again = self._again(lane_of(memory, None), some[index], slots[index])
+                landed[index] = to_the_end(again)
+        return landed
+
+    def _again(
+        self, lane: Lane, opened: _Opened, slot: int
+    ) -> Generator[Request, None, Landed | Failed]:
+        """A file that was cut off meanwhile, or refused."""
+        try:
+            origin = Origin(opened.path, direct=self._direct, opened=opened.source)
+            transfer = Transfer(origin, lane, self._require)
+            result = yield from transfer.read(Range(0, opened.size, slot))
+        except (OSError, ValueError) as error:
+            return slot, error
         return slot, 0, result.nbytes, opened.path, 0, result.path, result.why
+
+
+def _landed(some: list[_Opened], slots: list[int], way: DataPath, why: str | None) -> Loaded:
+    """Chunks of whole files, all of which went one way."""
+    return [
+        (slot, 0, each.size, each.path, 0, way, why) for slot, each in zip(slots, some, strict=True)
+    ]
 
 
 def _started(request: Request) -> Generator[Request, None, None]:
@@ -317,6 +404,11 @@ def _way(lane: Lane, direct: bool) -> DataPath:
     if not direct:
         return DataPath.BUFFERED
     return DataPath.FILE_FIXED if lane.ring.registered else DataPath.FILE_DIRECT
+
+
+def _processors() -> int:
+    """That copy at a time: more than some don't make memory faster."""
+    return min(4, len(os.sched_getaffinity(0)))
 
 
 def _raise(error: Exception) -> Generator[Request, None, Loaded]:

@@ -11,7 +11,7 @@ import time
 from array import array
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from gdsdirect._nvme_sqe import _encode_byte_reads
 from gdsdirect.errors import WayClosedError, completion_error
@@ -36,6 +36,7 @@ _REFUSALS = frozenset((errno.EINVAL, errno.EFAULT, errno.EOPNOTSUPP, errno.EREMO
 Require = DataPath | Collection[DataPath] | None
 """The ways that a read may take; None leaves it to gdsdirect."""
 
+T = TypeVar("T")
 Steps = Generator[Request, None, "ReadResult"]
 
 
@@ -361,22 +362,27 @@ def permitted(require: Require) -> Collection[DataPath] | None:
 # ---- To the end
 
 
-def finish(steps: Steps, timeout: float | None) -> ReadResult:
-    """Take all steps, waiting in this thread; TimeoutError after `timeout` seconds."""
-    deadline = None if timeout is None else time.monotonic() + timeout
+def to_the_end(steps: Generator[Request, None, T], deadline: float | None = None) -> T:
+    """Take all steps, waiting in this thread; TimeoutError at the `deadline` (time.monotonic)."""
     try:
         while True:
             request = next(steps)
             request.lane.wait(request, deadline)
     except StopIteration as stop:
-        result: ReadResult = stop.value
+        result: T = stop.value
         return result
+    finally:
+        steps.close()
+
+
+def finish(steps: Steps, timeout: float | None) -> ReadResult:
+    """The same, with a TimeoutError after `timeout` seconds that says so."""
+    try:
+        return to_the_end(steps, None if timeout is None else time.monotonic() + timeout)
     except TimeoutError as error:
         if error.errno is not None:  # the drive's or the kernel's own
             raise
         raise TimeoutError(f"the read did not come back in {timeout} s") from None
-    finally:
-        steps.close()
 
 
 async def finish_async(steps: Steps) -> ReadResult:
