@@ -15,6 +15,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +23,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import gdsdirect
 from benchmarks.yardstick import RECORD_BYTES, Loop, Work
-from gdsdirect import AsyncUringStream, GpuMappedBuffer, Namespace, encode_nvme_read_sqes
+from gdsdirect import (
+    AsyncUringStream,
+    DataPath,
+    File,
+    GpuMappedBuffer,
+    Namespace,
+    encode_nvme_read_sqes,
+)
 
 _SECONDS = 1
 _READS = 8192  # in one pass; many, for it ends with nothing in flight
@@ -211,6 +220,50 @@ def _all_of_fio(path: str) -> dict[str, Turn]:
     }
 
 
+# ---- A file
+
+
+_FILE = 64 << 20
+_PAGE = 4096
+_A_CALL = 4096  # ranges: many, for a file is held still and looked at once a call
+
+
+@contextmanager
+def _file(disk: str) -> Iterator[dict[str, Turn]]:
+    """The same ranges of a file by its extents, and through its file system."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["mount", "-t", "ext4", disk, folder], check=True)
+        try:
+            path = Path(folder, "file")
+            path.write_bytes(random.Random(_FILE).randbytes(_FILE))
+            with (
+                GpuMappedBuffer.from_host_visible(64 * _PAGE) as buffer,
+                gdsdirect.open(path, extents=True) as file,
+            ):
+                yield {
+                    "gdsdirect, extents": _ranges(file, buffer, DataPath.NVME_PASSTHROUGH),
+                    "gdsdirect, file system": _ranges(file, buffer, DataPath.FILE_FIXED),
+                }
+        finally:
+            subprocess.run(["umount", folder], check=True)
+
+
+def _ranges(file: File, buffer: GpuMappedBuffer, way: DataPath) -> Turn:
+    chance = random.Random(_READS)
+    sizes = array("I", [_PAGE] * _A_CALL)
+    targets = array("Q", (i % 64 * _PAGE for i in range(_A_CALL)))
+    calls = [
+        array("Q", (chance.randrange(0, _FILE, _PAGE) for _ in range(_A_CALL)))
+        for _ in range(_READS // _A_CALL)
+    ]
+
+    def run() -> None:
+        for offsets in calls:
+            file.read_many_into(buffer, offsets, sizes, targets, require=way)
+
+    return _passes(run)
+
+
 # ---- All
 
 
@@ -240,6 +293,7 @@ def _rows() -> Iterator[dict[str, dict[str, Turn]]]:
             return {f"gdsdirect{which}": _ours(target, stream), f"C loop{which}": _passes(loop.run)}
 
         yield {
+            "file": stack.enter_context(_file(_generic("file").replace("/ng", "/nvme"))),
             "large": {
                 **loops(fast[:1], LARGE),
                 **(_all_of_fio(fast[0].path) if shutil.which("fio") else {}),

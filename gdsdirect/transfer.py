@@ -95,7 +95,8 @@ class Transfer:
                 return way
             obstacles[way] = obstacle or "require= leaves it out"
         asked = self._require if self._require is not None else obstacles
-        raise WayClosedError(self._origin.path, {way.name: obstacles[way] for way in asked})
+        told = {way.name: obstacles[way] for way in BEST_FIRST if way in asked}
+        raise WayClosedError(self._origin.path, told)
 
     def _excuses(self, way: DataPath) -> Iterator[str]:
         if way is DataPath.BUFFERED:

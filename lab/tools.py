@@ -12,6 +12,7 @@ _PACKAGES = {
     "dpkg-deb": "dpkg",
     "qemu-system-x86_64": "qemu-system-x86",
     "setpriv": "util-linux",
+    "taskset": "util-linux",
     "zstd": "zstd",
 }
 _SEARCH = ("/usr/local/sbin", "/usr/sbin", "/sbin")

@@ -74,7 +74,8 @@ def test_the_examples_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
     way = names["result"].path.name
     assert shown[0].startswith(f"1000000 {way}")
     assert shown[1].startswith("NVME_PASSTHROUGH is closed: it is not an NVMe namespace")
-    assert shown[3:5] == [f"0 1048576 {way} 249", f"1048576 1048576 {way} 249"]
+    assert shown[3] == f"65536 {way}"
+    assert shown[4:6] == [f"0 1048576 {way} 249", f"1048576 1048576 {way} 249"]
     sizes = [line.removeprefix(f"{tmp_path}/samples/") for line in shown if "/samples/" in line]
     assert sizes == ["0 0 0", "1 0 60000", "2 0 65536", "2 65536 54464"]
     assert shown[-1] == str([way] * 3)
