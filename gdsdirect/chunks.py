@@ -124,6 +124,7 @@ class ChunkStream:
         # So many are free before a load begins: small files would else go one by one.
         self._enough = max(1, min(BATCH, self._slots // 8))
         self._lane: Lane | None = None
+        self._reader: AbstractEventLoop | None = None
         self._ahead: deque[Load] = deque()
         self._ready: deque[Landed | Failed] = deque()
         # Of chunks that were released while there is an array of theirs.
@@ -211,13 +212,13 @@ class ChunkStream:
     def _lane_for(self, loop: AbstractEventLoop | None) -> Lane:
         if self._closed:
             raise ValueError("the stream is closed")
-        lane = lane_of(self._buffer, loop)
         if self._lane is None:
-            self._lane = lane
+            self._lane = lane_of(self._buffer, loop)
+            self._reader = loop
             self._begun = time.monotonic()
-        elif self._lane is not lane:
+        elif self._reader is not loop:
             raise RuntimeError("the stream is read by `for` or by one loop's `async for`, not both")
-        return lane
+        return self._lane
 
     def __iter__(self) -> Self:
         return self
