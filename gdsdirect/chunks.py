@@ -322,6 +322,10 @@ class ChunkStream:
         for request in self._give_up():
             await request.lane.wait_async(request)
 
+    def __del__(self) -> None:
+        for load in getattr(self, "_ahead", ()):
+            load.close()
+
     def __enter__(self) -> Self:
         return self
 

@@ -52,7 +52,7 @@ class Request:
 
     __slots__ = (
         *("abandoned", "error", "lane", "left", "number", "one_size", "sent", "short", "sizes"),
-        *("total", "wake"),
+        *("total", "wakes"),
     )
 
     def __init__(self, lane: Lane, sizes: array[int]) -> None:
@@ -66,7 +66,7 @@ class Request:
         self.number = 0
         self.short: dict[int, tuple[int, int]] = {}
         self.error: BaseException | None = None
-        self.wake: Callable[[], object] | None = None
+        self.wakes: list[Callable[[], object]] = []  # of those who wait for it
         self.abandoned = False
 
     def submit(self, start: int, stop: int, user_data: int) -> None:
@@ -204,7 +204,8 @@ class Lane:
         self.ring = self._make_ring(twin, depth)
         self.view = memoryview(twin)
         self._bounce: BounceLane | None = None
-        self._lock = threading.Lock()
+        # Taken again by a transfer that the garbage collector ends under it.
+        self._lock = threading.RLock()
         self._numbers = itertools.count(1)
         self._requests: dict[int, Request] = {}
         self._unsent: deque[Request] = deque()
@@ -238,7 +239,7 @@ class Lane:
     def abandoned(self) -> list[Request]:
         """Those that nobody waits for, and that may write into the buffer still."""
         with self._lock:
-            return [request for request in self._requests.values() if request.abandoned]
+            return [request for request in list(self._requests.values()) if request.abandoned]
 
     # ---- Requests in
 
@@ -258,7 +259,6 @@ class Lane:
     def abandon(self, request: Request) -> None:
         """Nobody waits for it any more; what is in flight of it stays so."""
         with self._lock:
-            request.wake = None
             request.abandoned = True
             self._drop_unsent(request)
 
@@ -326,8 +326,8 @@ class Lane:
     def _finish(self, request: Request) -> None:
         # Not there: it had nothing to read, or failed before the first read was sent.
         self._requests.pop(request.number, None)
-        if request.wake is not None:
-            request.wake()
+        for wake in request.wakes:
+            wake()
 
     # ---- Threads
 
@@ -342,7 +342,7 @@ class Lane:
                     self._shared = True
                     gate = threading.Lock()
                     gate.acquire()
-                    request.wake = gate.release
+                    request.wakes.append(gate.release)
                 self._pumped = True
             if gate is None:
                 try:
@@ -356,7 +356,8 @@ class Lane:
                     raise TimeoutError
             except BaseException:
                 with self._lock:
-                    request.wake = None
+                    if gate.release in request.wakes:
+                        request.wakes.remove(gate.release)
                     if not self._pumped:  # it was this thread's turn
                         self._hand_over()
                 raise
@@ -364,10 +365,9 @@ class Lane:
     def _hand_over(self) -> None:
         """Another thread takes completions from now on, if one waits."""
         self._pumped = False
-        for request in self._requests.values():
-            if request.wake is not None:
-                wake, request.wake = request.wake, None
-                wake()
+        for request in list(self._requests.values()):
+            if request.wakes:
+                request.wakes.pop()()
                 return
 
     def _pump(self, request: Request, deadline: float | None) -> None:
@@ -398,7 +398,7 @@ class Lane:
 
         if request.left:
             woken = asyncio.Event()
-            request.wake = woken.set
+            request.wakes.append(woken.set)
             await woken.wait()
 
     def _watch(self) -> None:

@@ -218,6 +218,20 @@ def test_leaving_early(path: Path, data: bytes, buffer: GpuMappedBuffer) -> None
                 assert view[:MIB] == data[MIB : 2 * MIB]
 
 
+def test_leaving_copies_early(
+    files: dict[str, bytes], path: Path, data: bytes, buffer: GpuMappedBuffer
+) -> None:
+    """The same of what threads copy from the page cache."""
+    with File(path) as file:
+        for _ in range(20):
+            stream = stream_files(files, buffer, chunk_size=64 << 10, direct=False)
+            next(stream).release()
+            del stream
+            file.read_into(buffer, offset=MIB, size=MIB)
+            with buffer.view() as view:
+                assert view[:MIB] == data[MIB : 2 * MIB]
+
+
 def test_chunks_released_by_other_threads(path: Path, data: bytes, buffer: GpuMappedBuffer) -> None:
     sums: dict[int, int] = {}
 

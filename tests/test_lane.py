@@ -125,6 +125,38 @@ def test_what_is_given_up_holds_the_buffer(buffer: GpuMappedBuffer, pipes: list[
     assert lane.abandoned == []
 
 
+def test_several_wait_for_what_was_given_up(buffer: GpuMappedBuffer, pipes: list[Pipe]) -> None:
+    """All whose reads it is in the way of."""
+    lane = lane_of(buffer, None)
+    other = lane.start(reads(lane, pipes[1], [6]))
+    request = lane.start(reads(lane, pipes[0], [5]))
+    lane.abandon(request)
+    threads = [
+        threading.Thread(target=lane.wait, args=(each, None))
+        for each in (other, request, request, request)
+    ]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.02)
+    pipes[0].write(b"z")
+    for thread in threads[1:]:
+        thread.join(5)
+        assert not thread.is_alive()
+    pipes[1].write(b"z")
+    threads[0].join(5)
+    assert not threads[0].is_alive()
+
+
+def test_garbage_under_the_lock(buffer: GpuMappedBuffer, pipes: list[Pipe]) -> None:
+    """The collector may end a transfer while this very thread has the lane's lock."""
+    lane = lane_of(buffer, None)
+    request = lane.start(reads(lane, pipes[0], [5]))
+    with lane._lock:
+        lane.abandon(request)
+    pipes[0].write(b"z")
+    lane.wait(request, 5 + time.monotonic())
+
+
 def test_a_thread_that_is_interrupted_hands_over(
     buffer: GpuMappedBuffer, pipes: list[Pipe]
 ) -> None:

@@ -218,6 +218,23 @@ def test_random_reads_of_a_file(mounted: Path, peer: GpuMappedBuffer) -> None:
             assert result.nbytes - result.bounce_bytes == 4096 * pages
 
 
+def test_a_file_by_its_extents(mounted: Path, peer: GpuMappedBuffer) -> None:
+    """From the drive into the peer's memory, past the file system, as the drives themselves say."""
+    path, drive = mounted / "model", DRIVES["files"]
+    model = (guest.FOLDER / "files/model").read_bytes()
+    with File(path, extents=True) as file, Namespace(drive.generic) as namespace:
+        most = namespace.safe_transfer // drive.block_size
+        for offset, nbytes in ((0, 4096), (40960, 512 * KIB), (MIB, MIB)):
+            for lba, blocks in extents_of(path, offset, nbytes):
+                guest.record(peer, drive.nsid, guest.pieces(lba, blocks, most))
+            result = read_and_compare(file, peer, model, offset, nbytes, 0)
+            assert (result.path, result.why, result.bounce_bytes) == (
+                DataPath.NVME_PASSTHROUGH,
+                None,
+                0,
+            )
+
+
 def test_the_best_way_into_peer_memory(mounted: Path, peer: GpuMappedBuffer) -> None:
     with File(mounted / "model") as file:
         with pytest.raises(WayClosedError, match="FILE_FIXED, the kernel can't register peer"):
