@@ -120,14 +120,16 @@ def _read(plan: Plan, whole: Range, rules: Rules) -> None:
     offset, left, target = whole
     while left > 0:
         room = REGISTERED - target % REGISTERED
-        size = min(left, rules.most, room - room % rules.alignment)
+        size = min(left, room - room % rules.alignment)
         if size == 0:  # a block that lies across two registered buffers
             size = rules.alignment
             _bounce(plan, Range(offset, size, target), rules)
         else:
-            plan.offsets.append(offset)
-            plan.sizes.append(size)
-            plan.targets.append(target)
+            most = rules.most
+            full, rest = divmod(size, most)
+            plan.offsets.extend(range(offset, offset + size, most))
+            plan.sizes.extend([most] * full + [rest] * (rest > 0))
+            plan.targets.extend(range(target, target + size, most))
         offset, left, target = offset + size, left - size, target + size
 
 
