@@ -27,7 +27,7 @@ _FILE = 2 << 30
 _ROOM = 3 << 30  # bytes on the drive, to leave it some
 _NBYTES = 1 << 20
 _DEPTH = 32
-_PIECE = 64 << 20
+_PIECE = 512 << 20
 _SECONDS = 2  # of a turn, or one pass: fio tells processor time in whole milliseconds
 _WAY = DataPath.FILE_FIXED
 
