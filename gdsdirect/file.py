@@ -258,7 +258,7 @@ def _plan(
         raise ValueError(
             f"offsets, sizes and target_offsets have {lengths} numbers: give as many of each"
         )
-    end = plan.common().target_end
+    end = plan.common.target_end
     if end > memory.nbytes:
         raise ValueError(f"a range ends at byte {end} of the buffer, which has {memory.nbytes}")
     return plan

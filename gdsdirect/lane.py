@@ -16,7 +16,7 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING
 from weakref import ref
 
@@ -80,41 +80,50 @@ class Request:
         """These reads were not sent after all."""
 
 
-class FileReads(Request):
-    """Reads of a file."""
+class _ArrayReads(Request):
+    """Reads of files, `fixed` into registered memory."""
 
-    __slots__ = ("_arrays", "_fixed", "_source")
+    __slots__ = ("_arrays", "_fixed")
 
-    def __init__(self, lane: Lane, source: Source, arrays: Arrays, *, fixed: bool) -> None:
+    def __init__(self, lane: Lane, arrays: Arrays, *, fixed: bool) -> None:
         super().__init__(lane, arrays[1])
-        self._source = source
         self._arrays = arrays
         self._fixed = fixed
+
+    def _part(self, start: int, stop: int) -> Arrays:
+        positions, sizes, targets = self._arrays
+        return positions[start:stop], sizes[start:stop], targets[start:stop]
+
+
+class FileReads(_ArrayReads):
+    """Reads of a file."""
+
+    __slots__ = ("_source",)
+
+    def __init__(self, lane: Lane, source: Source, arrays: Arrays, *, fixed: bool) -> None:
+        super().__init__(lane, arrays, fixed=fixed)
+        self._source = source
 
     def submit(self, start: int, stop: int, user_data: int) -> None:
         ring = self.lane.ring
         submit = ring.submit_reads_fixed if self._fixed else ring.submit_reads
-        positions, sizes, targets = (each[start:stop] for each in self._arrays)
-        submit(self._source, positions, sizes, targets, user_data=user_data)
+        submit(self._source, *self._part(start, stop), user_data=user_data)
 
 
-class FilesReads(Request):
+class FilesReads(_ArrayReads):
     """Reads of many files, one of each."""
 
-    __slots__ = ("_arrays", "_fixed", "_sources")
+    __slots__ = ("_sources",)
 
     def __init__(
         self, lane: Lane, sources: tuple[Source, ...], arrays: Arrays, *, fixed: bool
     ) -> None:
-        super().__init__(lane, arrays[1])
+        super().__init__(lane, arrays, fixed=fixed)
         self._sources = sources
-        self._arrays = arrays
-        self._fixed = fixed
 
     def submit(self, start: int, stop: int, user_data: int) -> None:
-        positions, sizes, targets = (each[start:stop] for each in self._arrays)
-        sources = self._sources[start:stop]
-        self.lane.ring._submit_files(sources, positions, sizes, targets, self._fixed, user_data)
+        sources, part = self._sources[start:stop], self._part(start, stop)
+        self.lane.ring._submit_files(sources, *part, self._fixed, user_data)
 
 
 class CommandReads(Request):
@@ -460,6 +469,24 @@ class BounceLane(Lane):
         self.free = list(range(0, _SLOTS * SLOT, SLOT))
         slots = GpuMappedBuffer.from_host_visible(_SLOTS * SLOT)
         super().__init__(slots, depth=_SLOTS, loop=loop)
+
+
+def carried_out(*requests: Request) -> Generator[Request, None, None]:
+    """Start requests and wait for them; the first error of any is raised once all are done.
+
+    Those that are left behind, where this is closed before, are given up.
+    """
+    try:
+        for request in requests:
+            request.lane.start(request)
+        yield from requests
+    finally:
+        for request in requests:
+            if request.left:
+                request.lane.abandon(request)
+    for request in requests:
+        if request.error is not None:
+            raise request.error
 
 
 def copied_bytes(nbytes: int, skip: int, count: int) -> int:

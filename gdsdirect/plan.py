@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from gdsdirect._nvme_sqe import _survey
@@ -61,8 +62,9 @@ class Plan:
         """All of them."""
         return list(map(Range, self.offsets, self.sizes, self.targets))
 
+    @cached_property
     def common(self) -> Common:
-        """What the reads into their place have in common."""
+        """What the reads into their place have in common; asked for once the plan is made."""
         return Common(*_survey(self.offsets, self.sizes, self.targets))
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from gdsdirect.errors import ring_module
-from gdsdirect.lane import FileReads, FilesReads, Lane, Request, lane_of
+from gdsdirect.lane import FileReads, FilesReads, Lane, Request, carried_out, lane_of
 from gdsdirect.origin import Origin
 from gdsdirect.plan import Range
 from gdsdirect.stream import DataPath
@@ -343,8 +343,7 @@ class ManyFiles:
             array("I", [each.size + -each.size % GRAIN for each in some]),
             array("Q", slots),
         )
-        sources = tuple(each.source for each in some if each.source is not None)
-        request = FilesReads(lane, sources, arrays, fixed=lane.ring.registered)
+        request = FilesReads(lane, _sources(some), arrays, fixed=lane.ring.registered)
         yield from _started(request)
         landed = _landed(some, slots, way, lane.why_unregistered)
         for index, (_, nbytes) in request.short.items():
@@ -354,9 +353,8 @@ class ManyFiles:
 
     def _copy(self, lane: Lane, some: list[_Opened], slots: list[int]) -> Loaded:
         memory = lane.ring.buffer
-        sources = tuple(each.source for each in some if each.source is not None)
         sizes = tuple(each.size for each in some)
-        came = ring_module().read_sources(memory, sources, sizes, tuple(slots))
+        came = ring_module().read_sources(memory, _sources(some), sizes, tuple(slots))
         landed = _landed(some, slots, DataPath.BUFFERED, "it was opened with direct=False")
         for index, (nbytes, size) in enumerate(zip(came, sizes, strict=True)):
             if nbytes < size:
@@ -378,6 +376,10 @@ class ManyFiles:
         return slot, 0, result.nbytes, opened.path, 0, result.path, result.why
 
 
+def _sources(some: list[_Opened]) -> tuple[Source, ...]:
+    return tuple(each.source for each in some if each.source is not None)
+
+
 def _landed(some: list[_Opened], slots: list[int], way: DataPath, why: str | None) -> Loaded:
     """Chunks of whole files, all of which went one way."""
     return [
@@ -386,17 +388,9 @@ def _landed(some: list[_Opened], slots: list[int], way: DataPath, why: str | Non
 
 
 def _started(request: Request) -> Generator[Request, None, None]:
-    """Start a request and wait for it, when nothing that was given up is in its way."""
-    lane = request.lane
-    yield from lane.abandoned
-    try:
-        lane.start(request)
-        yield request
-    finally:
-        if request.left:
-            lane.abandon(request)
-    if request.error is not None:
-        raise request.error
+    """A request carried out, when nothing that was given up is in its way."""
+    yield from request.lane.abandoned
+    yield from carried_out(request)
 
 
 def _way(lane: Lane, direct: bool) -> DataPath:

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 from gdsdirect._nvme_sqe import _encode_byte_reads
 from gdsdirect.errors import WayClosedError, completion_error
 from gdsdirect.extents import Extents, RefusedError
-from gdsdirect.lane import Bounce, CommandReads, FileReads, Lane, Request, copied_bytes
+from gdsdirect.lane import Bounce, CommandReads, FileReads, Lane, Request, carried_out, copied_bytes
 from gdsdirect.memory import MemoryKind
 from gdsdirect.namespace import Namespace
 from gdsdirect.origin import BEST_FIRST, DWORD, Origin
@@ -125,13 +125,12 @@ class Transfer:
     def read_many(self, plan: Plan) -> Steps:
         """Bring all reads of a plan that the caller made; ShortReadError for one beyond the end."""
         yield from self._lane.abandoned
-        common = plan.common()
-        whole = common.are_whole(self._rules())
+        whole = plan.common.are_whole(self._rules())
         ranges = [] if whole else [each for each in plan.ranges() if each.size]
         cut = yield from self._bring(ranges, plan=plan if whole else None)
         if cut is not None:
             raise self._error(cut)
-        return self._result(common.total)
+        return self._result(plan.common.total)
 
     def _bring(
         self, left: list[Range], *, overrun: bool = False, plan: Plan | None = None
@@ -193,7 +192,7 @@ class Transfer:
         self, extents: Extents, ranges: list[Range], plan: Plan | None
     ) -> Generator[Request, None, list[_Gap]]:
         """The same past the file system: all of it, or none, with a reason to do it as a file."""
-        first, end = plan.common()[5:7] if plan is not None else span_of(ranges)
+        first, end = span_of(ranges) if plan is None else (plan.common.first, plan.common.end)
         try:
             with extents.hold(first, end) as held:
                 device = held.located(plan) if plan is not None else None
@@ -222,23 +221,11 @@ class Transfer:
         """The plan's reads: what is missing of them, and what came."""
         direct = self._direct(plan) if plan.offsets else None
         bounce = self._by_slots(plan.bounced) if plan.bounced else None
-        requests = [request for request in (direct, bounce) if request is not None]
-        try:
-            for request in requests:
-                request.lane.start(request)
-            yield from requests
-        finally:
-            for request in requests:
-                if request.left:
-                    request.lane.abandon(request)
-        for request in requests:
-            if request.error is not None:
-                raise request.error
+        yield from carried_out(*(each for each in (direct, bounce) if each is not None))
         gaps = _gaps(direct, lambda index: (plan.range(index), 0))
         missed = _gaps(bounce, lambda index: (plan.bounced[index].wanted, plan.bounced[index].skip))
         copied = sum(each.wanted.size for each in plan.bounced) - _total(missed)
-        placed = plan.common().total if plan.offsets else 0
-        return gaps + missed, _Came(placed - _total(gaps) + copied, copied)
+        return gaps + missed, _Came(plan.common.total - _total(gaps) + copied, copied)
 
     def _count(self, came: _Came) -> None:
         self._bounced += came.copied

@@ -8,7 +8,9 @@ import random
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from gdsdirect import DataPath, File, GpuMappedBuffer, ReadResult
+import numpy as np
+
+from gdsdirect import DataPath, File, GpuMappedBuffer, ReadResult, ShortReadError
 
 FILLING = 0xA5
 _BESIDE = 8192  # bytes looked at on both sides of what was read
@@ -39,6 +41,29 @@ def read_and_compare(
         assert not bytes(view[end:last]).strip(b"\xa5"), what
     assert sum(result.ways.values()) == result.nbytes, what
     assert 0 <= result.bounce_bytes <= result.nbytes, what
+    return result
+
+
+def check_own_or_zero(
+    file: File,
+    buffer: GpuMappedBuffer,
+    data: bytes,
+    where: tuple[int, int, int],
+    require: DataPath | None = None,
+) -> ReadResult | None:
+    """Read what a writer cuts off, punches and writes again meanwhile: each byte is 0 or the one of
+    its place. None where the file had more, and the kernel brought none of it."""
+    offset, size, target = where
+    try:
+        result = file.read_into(
+            buffer, offset=offset, size=size, target_offset=target, require=require
+        )
+    except ShortReadError:
+        return None
+    with buffer.view() as view:
+        found = np.frombuffer(bytes(view[target : target + result.nbytes]), np.uint8)
+    same = found == np.frombuffer(data[offset : offset + result.nbytes], np.uint8)
+    assert np.all(same | (found == 0))
     return result
 
 
