@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-    Integers: TypeAlias = Sequence[int] | Buffer
+    _Integers: TypeAlias = Sequence[int] | Buffer
 
     from gdsdirect._uring_cmd import Source
 
@@ -129,9 +129,9 @@ class File:
     def read_many_into(
         self,
         buffer: Buffer,
-        offsets: Integers,
-        sizes: Integers,
-        target_offsets: Integers,
+        offsets: _Integers,
+        sizes: _Integers,
+        target_offsets: _Integers,
         *,
         require: Require = None,
         timeout: float | None = None,
@@ -151,9 +151,9 @@ class File:
     async def read_many_into_async(
         self,
         buffer: Buffer,
-        offsets: Integers,
-        sizes: Integers,
-        target_offsets: Integers,
+        offsets: _Integers,
+        sizes: _Integers,
+        target_offsets: _Integers,
         *,
         require: Require = None,
     ) -> ReadResult:
@@ -245,7 +245,7 @@ class File:
 
 
 def _plan(
-    memory: GpuMappedBuffer, offsets: Integers, sizes: Integers, target_offsets: Integers
+    memory: GpuMappedBuffer, offsets: _Integers, sizes: _Integers, target_offsets: _Integers
 ) -> Plan:
     """What is to be read, checked against the buffer."""
     plan = Plan(
@@ -264,7 +264,7 @@ def _plan(
     return plan
 
 
-def _array(name: str, code: str, numbers: Integers) -> array[int]:
+def _array(name: str, code: str, numbers: _Integers) -> array[int]:
     try:
         view = memoryview(numbers)  # type: ignore[arg-type]
     except TypeError:
