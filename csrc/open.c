@@ -19,7 +19,7 @@
 
 struct opening {
     const char *path; /* in the bytes object of its place in `encoded` */
-    int fd;           /* or -errno */
+    int fd;           /* or negative */
     int64_t size;
 };
 
@@ -62,7 +62,7 @@ open_all(struct opening *openings, size_t n, int flags)
     return 0;
 }
 
-/* Regular files only, which are what a batch is for: others keep -EINVAL. */
+/* Regular files only, which are what a batch is for: others are closed. */
 static void
 examine(struct opening *each, int flags)
 {
@@ -70,16 +70,28 @@ examine(struct opening *each, int flags)
     if (each->fd < 0) {
         return;
     }
-    int failed = fstat(each->fd, &info) < 0 ? errno : !S_ISREG(info.st_mode) ? EINVAL : 0;
-    if (!failed && fcntl(each->fd, F_SETFL, flags) < 0) {
-        failed = errno;
-    }
-    if (failed) {
+    if (fstat(each->fd, &info) < 0 || !S_ISREG(info.st_mode) ||
+        fcntl(each->fd, F_SETFL, flags) < 0) {
         close(each->fd);
-        each->fd = -failed;
+        each->fd = -1;
         return;
     }
     each->size = info.st_size;
+}
+
+/* (path, Source, size); (path, None, 0) for what is not open. */
+static PyObject *
+opened_source(PyTypeObject *type, struct opening *each, PyObject *path, int flags)
+{
+    if (each->fd < 0) {
+        return Py_BuildValue("(OOi)", path, Py_None, 0);
+    }
+    Source *source = gdsdirect_source_own_fd(type, each->fd, flags, path);
+    if (source == NULL) {
+        return NULL;
+    }
+    each->fd = -1;
+    return Py_BuildValue("(ONL)", path, (PyObject *)source, (long long)each->size);
 }
 
 static PyObject *
@@ -88,19 +100,7 @@ list_of_sources(PyTypeObject *type, struct opening *openings, PyObject *paths, i
     const Py_ssize_t n = PyTuple_GET_SIZE(paths);
     PyObject *list = PyList_New(n);
     for (Py_ssize_t i = 0; list != NULL && i < n; i++) {
-        struct opening *each = &openings[i];
-        PyObject *item;
-        if (each->fd < 0) {
-            item = PyLong_FromLong(-each->fd);
-        }
-        else {
-            Source *source =
-                gdsdirect_source_own_fd(type, each->fd, flags, PyTuple_GET_ITEM(paths, i));
-            each->fd = source != NULL ? -1 : each->fd;
-            item = source != NULL
-                       ? Py_BuildValue("(NL)", (PyObject *)source, (long long)each->size)
-                       : NULL;
-        }
+        PyObject *item = opened_source(type, &openings[i], PyTuple_GET_ITEM(paths, i), flags);
         if (item == NULL) {
             Py_CLEAR(list);
             break;
@@ -123,13 +123,13 @@ encode_paths(PyObject *paths, struct opening *openings)
             break;
         }
         PyTuple_SET_ITEM(encoded, i, path);
-        openings[i] = (struct opening){.path = PyBytes_AS_STRING(path), .fd = -EBADF};
+        openings[i] = (struct opening){.path = PyBytes_AS_STRING(path), .fd = -1};
     }
     return encoded;
 }
 
-/* open_sources(paths, flags) -> for each path (Source, size), or the errno that it can't be opened with;
- * EINVAL for what is no regular file. `flags` are those of open(2). */
+/* open_sources(paths, flags) -> for each path (path, Source, size); (path, None, 0) where it can't be opened,
+ * or is no regular file. `flags` are those of open(2). */
 PyObject *
 gdsdirect_open_sources(PyObject *module, PyObject *args)
 {

@@ -918,7 +918,7 @@ static PyMethodDef module_methods[] = {
     {"dlpack", gdsdirect_dlpack, METH_VARARGS,
      "dlpack(memory, offset, code, bits, shape, versioned) -> a DLPack capsule of part of memory."},
     {"open_sources", gdsdirect_open_sources, METH_VARARGS,
-     "open_sources(paths, flags) -> for each a Source and its size, or an errno: see csrc/open.c."},
+     "open_sources(paths, flags) -> for each its path, a Source or None, and its size: see csrc/open.c."},
     {"read_sources", gdsdirect_read_sources, METH_VARARGS,
      "read_sources(memory, sources, sizes, targets) -> for each the bytes read, or -errno."},
     {"direct_alignment", gdsdirect_direct_alignment, METH_VARARGS,

@@ -76,8 +76,7 @@ class Chunk:
     def __exit__(self, *exception: object) -> None:
         self.release()
 
-    def __del__(self) -> None:
-        self.release()
+    __del__ = release
 
     def __repr__(self) -> str:
         return f"<Chunk {self.nbytes} bytes of {self.file!r} at {self.offset}, {self.path.name}>"
@@ -173,29 +172,26 @@ class ChunkStream:
 
     # ---- Chunks
 
-    def _read_ahead(self, lane: Lane) -> None:
+    def _read_ahead(self, lane: Lane) -> bool:
+        """Load into what is free; whether the supply has to open something first."""
         if self._lingering:
             self._collect_lingering()
         while len(self._free) >= self._enough or (self._free and not self._ahead):
             load = self._supply.load(lane, self._free)
             if load is None:
-                return
+                return self._supply.hungry
             self._ahead.append(load)
+        return False
 
     def _deliver(self, load: Load) -> None:
         self._ahead.popleft()
-        self._ready.extend(load.landed)
-        taken = {landed[0] for landed in load.landed}
-        self._free.extend(slot for slot in load.slots if slot not in taken)
+        landed = load.landed
+        self._ready.extend(landed)
+        if len(landed) < len(load.slots):
+            taken = {each[0] for each in landed}
+            self._free.extend(slot for slot in load.slots if slot not in taken)
         if load.error is not None:
             raise load.error
-
-    def _step(self, lane: Lane) -> Chunk | Load | None:
-        """The next chunk; or the load that it comes with; or None where there is none ahead."""
-        self._read_ahead(lane)
-        if self._ready:
-            return self._hand_out(self._ready.popleft())
-        return self._ahead[0] if self._ahead else None
 
     def _hand_out(self, landed: Landed | Failed) -> Chunk:
         if len(landed) == 2:
@@ -227,14 +223,13 @@ class ChunkStream:
         with self._turn:
             lane = self._lane_for(None)
             while True:
-                if self._supply.hungry:
+                if self._read_ahead(lane):
                     self._supply.open()
-                step = self._step(lane)
-                if isinstance(step, Chunk):
-                    return step
-                if step is not None:
-                    step.finish()
-                    self._deliver(step)
+                elif self._ready:
+                    return self._hand_out(self._ready.popleft())
+                elif self._ahead:
+                    self._ahead[0].finish()
+                    self._deliver(self._ahead[0])
                 elif self._supply.exhausted:
                     raise StopIteration
                 else:
@@ -254,17 +249,16 @@ class ChunkStream:
         async with self._turn_async:
             lane = self._lane_for(loop)
             while True:
-                if self._supply.hungry:
+                if self._read_ahead(lane):
                     # It goes on if this task is cancelled, and the next one waits for it.
                     self._opening = self._opening or loop.run_in_executor(None, self._supply.open)
                     await asyncio.shield(self._opening)
                     self._opening = None
-                step = self._step(lane)
-                if isinstance(step, Chunk):
-                    return step
-                if step is not None:
-                    await step.finish_async()
-                    self._deliver(step)
+                elif self._ready:
+                    return self._hand_out(self._ready.popleft())
+                elif self._ahead:
+                    await self._ahead[0].finish_async()
+                    self._deliver(self._ahead[0])
                 elif self._supply.exhausted:
                     raise StopAsyncIteration
                 else:

@@ -43,6 +43,8 @@ class DataPath(Enum):
     BUFFERED = "buffered"
     """Through the page cache, from which the kernel copies."""
 
+    __hash__ = object.__hash__  # Enum's own is Python, and every chunk is counted by its way
+
 
 # In the order of enum way in csrc/inflight.h.
 _WAYS = (

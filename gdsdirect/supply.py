@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from gdsdirect.errors import ring_module
 from gdsdirect.lane import FileReads, FilesReads, Lane, Request, carried_out, lane_of
@@ -240,13 +240,8 @@ class OneFile:
         return [(slot, begin, there, self._origin.path, offset, result.path, result.why)]
 
 
-class _Opened(NamedTuple):
-    path: str
-    source: Source | None
-    size: int
-
-
-_Opening = tuple[list[str], "Future[list[tuple[Source, int] | int]]"]
+_Opened = tuple[str, "Source | None", int]
+"""A path, its file and the file's size; None and 0 where it is to be opened by itself."""
 
 
 class ManyFiles:
@@ -270,7 +265,7 @@ class ManyFiles:
         self._large: OneFile | None = None
         self._more = True
         self._workers = ThreadPoolExecutor(_processors())
-        self._opening: _Opening | None = None
+        self._opening: Future[list[_Opened]] | None = None
 
     @property
     def hungry(self) -> bool:
@@ -281,20 +276,17 @@ class ManyFiles:
         return not (self._more or self._opened or self._large)
 
     def open(self) -> None:
-        self._opening = self._opening or self._open_next()
-        paths, opened = self._opening
-        self._opening = None
-        for path, each in zip(paths, opened.result(), strict=True):
-            source, size = (None, 0) if isinstance(each, int) else each
-            self._opened.append(_Opened(path, source, size))
-        self._more = len(paths) == _OPENS
+        opening, self._opening = self._opening or self._open_next(), None
+        opened = opening.result()
+        self._opened.extend(opened)
+        self._more = len(opened) == _OPENS
         if self._more:
             self._opening = self._open_next()  # while these are read
 
-    def _open_next(self) -> _Opening:
+    def _open_next(self) -> Future[list[_Opened]]:
         paths = list(itertools.islice(self._paths, _OPENS))
         flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if self._direct else 0)
-        return paths, self._workers.submit(ring_module().open_sources, paths, flags)
+        return self._workers.submit(ring_module().open_sources, paths, flags)
 
     def load(self, lane: Lane, free: deque[int]) -> Load | None:
         if self._large is not None:
@@ -309,13 +301,13 @@ class ManyFiles:
             some = self._batch(min(BATCH, len(free)))
             if some:
                 slots = [free.pop() for _ in some]
-                nbytes = sum(each.size for each in some)
+                nbytes = sum(size for _, _, size in some)
                 if not self._direct:
                     copy = partial(self._copy, lane, some, slots)
                     return CopyLoad(self._workers, copy, slots, nbytes)
                 return RingLoad(self._read(lane, way, some, slots), slots, nbytes)
         try:
-            self._large = self._alone(self._opened.popleft())
+            self._large = self._alone(self._opened.popleft()[0])
         except (OSError, ValueError) as error:
             return RingLoad(_raise(error), [], 0)
         return self.load(lane, free)
@@ -330,8 +322,8 @@ class ManyFiles:
             some.append(self._opened.popleft())
         return some
 
-    def _alone(self, opened: _Opened) -> OneFile:
-        origin = Origin(opened.path, direct=self._direct)
+    def _alone(self, path: str) -> OneFile:
+        origin = Origin(path, direct=self._direct)
         whole = Range(0, origin.size, 0)
         return OneFile(origin, whole, self._chunk_size, self._require, even_if_empty=True)
 
@@ -340,20 +332,20 @@ class ManyFiles:
     ) -> Generator[Request, None, Loaded]:
         arrays = (
             array("Q", bytes(8 * len(some))),
-            array("I", [each.size + -each.size % GRAIN for each in some]),
+            array("I", [size + -size % GRAIN for _, _, size in some]),
             array("Q", slots),
         )
         request = FilesReads(lane, _sources(some), arrays, fixed=lane.ring.registered)
         yield from _started(request)
         landed = _landed(some, slots, way, lane.why_unregistered)
         for index, (_, nbytes) in request.short.items():
-            if nbytes < some[index].size:
+            if nbytes < some[index][2]:
                 landed[index] = yield from self._again(lane, some[index], slots[index])
         return landed
 
     def _copy(self, lane: Lane, some: list[_Opened], slots: list[int]) -> Loaded:
         memory = lane.ring.buffer
-        sizes = tuple(each.size for each in some)
+        sizes = tuple(size for _, _, size in some)
         came = ring_module().read_sources(memory, _sources(some), sizes, tuple(slots))
         landed = _landed(some, slots, DataPath.BUFFERED, "it was opened with direct=False")
         for index, (nbytes, size) in enumerate(zip(came, sizes, strict=True)):
@@ -367,23 +359,25 @@ class ManyFiles:
         self, lane: Lane, opened: _Opened, slot: int
     ) -> Generator[Request, None, Landed | Failed]:
         """A file that was cut off meanwhile, or refused."""
+        path, source, size = opened
         try:
-            origin = Origin(opened.path, direct=self._direct, opened=opened.source)
+            origin = Origin(path, direct=self._direct, opened=source)
             transfer = Transfer(origin, lane, self._require)
-            result = yield from transfer.read(Range(0, opened.size, slot))
+            result = yield from transfer.read(Range(0, size, slot))
         except (OSError, ValueError) as error:
             return slot, error
-        return slot, 0, result.nbytes, opened.path, 0, result.path, result.why
+        return slot, 0, result.nbytes, path, 0, result.path, result.why
 
 
 def _sources(some: list[_Opened]) -> tuple[Source, ...]:
-    return tuple(each.source for each in some if each.source is not None)
+    return tuple(source for _, source, _ in some if source is not None)
 
 
 def _landed(some: list[_Opened], slots: list[int], way: DataPath, why: str | None) -> Loaded:
     """Chunks of whole files, all of which went one way."""
     return [
-        (slot, 0, each.size, each.path, 0, way, why) for slot, each in zip(slots, some, strict=True)
+        (slot, 0, size, path, 0, way, why)
+        for slot, (path, _, size) in zip(slots, some, strict=True)
     ]
 
 
