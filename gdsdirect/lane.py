@@ -392,12 +392,12 @@ class Lane:
                 raise TimeoutError
 
     def _batch(self, request: Request) -> int:
-        """How many completions to wait for at once."""
+        """How many completions to wait for at once: the request needs as many as are left of it."""
         with self._lock:
-            if self._shared or len(self._requests) > 1:
+            if self._shared:
                 return 1
             unsent = request.sent < request.total
-            return max(1, self._flying // 2 if unsent else self._flying)
+            return max(1, min(request.left, self._flying // 2 if unsent else self._flying))
 
     # ---- Event loop
 
