@@ -25,11 +25,13 @@ def no_collections() -> Iterator[None]:
 
 def _timed(contestant: Contestant, passes: int) -> float:
     """Nanoseconds a command."""
-    run = contestant.run
-    begun = time.perf_counter_ns()
+    spent = 0
     for _ in range(passes):
-        run()
-    return (time.perf_counter_ns() - begun) / (passes * contestant.commands)
+        contestant.before()
+        begun = time.perf_counter_ns()
+        contestant.run()
+        spent += time.perf_counter_ns() - begun
+    return spent / (passes * contestant.commands)
 
 
 def _passes(contestant: Contestant) -> int:

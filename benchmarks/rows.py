@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Contestant:
-    """A way to do some work. `run` does `commands` of it, with nothing to set up."""
+    """A way to do some work. `run` does `commands` of it, with nothing to set up but `before`,
+    which isn't timed."""
 
     name: str
     run: Callable[[], object]
     commands: int
+    before: Callable[[], None] = lambda: None
 
 
 # Beyond ten of the larger unit, it's told in that.

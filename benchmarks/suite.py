@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from benchmarks import depth, files, many, opening, packing, passthrough
+from benchmarks import depth, files, many, opening, packing, passthrough, tensors
 from benchmarks.rows import Row
 
 ROWS: tuple[Callable[[], AbstractContextManager[Row]], ...] = (
@@ -15,5 +15,7 @@ ROWS: tuple[Callable[[], AbstractContextManager[Row]], ...] = (
     many.files,
     opening.alone,
     opening.with_a_read,
+    tensors.cached,
+    tensors.cold,
     depth.time,
 )

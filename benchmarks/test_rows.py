@@ -11,4 +11,4 @@ def test_contestant(benchmark: Any, row: Row, contestant: str) -> None:
     (chosen,) = (each for each in row.contestants if each.name == contestant)
     benchmark.group = f"{row.title}: {chosen.commands:,} commands"
     benchmark.extra_info["commands"] = chosen.commands
-    benchmark.pedantic(chosen.run, rounds=_ROUNDS, warmup_rounds=2)
+    benchmark.pedantic(chosen.run, setup=chosen.before, rounds=_ROUNDS, warmup_rounds=2)

@@ -216,11 +216,15 @@ class GpuMappedBuffer(Memory):
         Raises BufferError while a stream or a view uses it, or a read into it is in flight. A
         second call does nothing.
         """
+        self._close_lanes()
+        super().close()
+        self._made_of = (None, 0, 0)
+
+    def _close_lanes(self) -> None:
+        """Give back the rings that files were read by; BufferError while one of them reads."""
         for lane in list(self._lanes.values()):
             lane.close()
         self._lanes.clear()
-        super().close()
-        self._made_of = (None, 0, 0)
 
     @property
     def kind(self) -> MemoryKind:
