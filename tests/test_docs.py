@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
+from safetensors.numpy import save_file
 
 from gdsdirect import Geometry, Namespace, decode_nvme_read_sqe
 
@@ -79,3 +81,22 @@ def test_the_examples_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
     sizes = [line.removeprefix(f"{tmp_path}/samples/") for line in shown if "/samples/" in line]
     assert sizes == ["0 0 0", "1 0 60000", "2 0 65536", "2 65536 54464"]
     assert shown[-1] == str([way] * 3)
+
+
+def test_the_examples_of_safetensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "safetensors.md").read_text().replace("/data/", f"{tmp_path}/")
+    weight = numpy.arange(3 * 4096, dtype=numpy.float32).reshape(3, 4096)
+    bias = numpy.ones(3, numpy.float16)
+    tensors = {"layers.0.weight": weight, "layers.0.bias": bias}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "np"})
+    (tmp_path / "notes.txt").write_text("none of its kind")
+    names: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(code, names)
+    assert (names["half"] == weight[:, :2048]).all()
+    assert (names["bias"] == bias).all()
+    shown = capsys.readouterr().out.splitlines()
+    assert "layers.0.weight float32 (3, 4096)" in shown
+    assert f"{tmp_path}/model.safetensors {weight.nbytes + bias.nbytes} BUFFERED" in shown[2]
+    assert shown[-2] == f"(3, 2048) {bias.nbytes + names['half'].nbytes}"
+    assert "notes.txt is no safetensors file that can be read" in shown[-1]
