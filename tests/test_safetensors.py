@@ -5,6 +5,7 @@ import os
 import struct
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -297,9 +298,32 @@ def test_a_file_that_becomes_shorter_is_told(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(contents([("a", "U8", (100_000,))]))
     with safe_open(path) as tensors:
+        tensors.get_slice("a")[:1]
         os.truncate(path, 50_000)
         with pytest.raises(SafetensorsError, match="became shorter"):
             tensors.get_tensor("a")
+
+
+def test_a_file_that_is_replaced_is_told(tmp_path: Path, direct: bool | None) -> None:
+    """Its bytes would be taken for what the other one's header says."""
+    path, other = tmp_path / "file", tmp_path / "other"
+    path.write_bytes(contents([("a", "U8", (1000,))]))
+    other.write_bytes(contents([("b", "U8", (1000,))]))
+    with safe_open(path, direct=direct) as tensors:
+        other.replace(path)
+        with pytest.raises(SafetensorsError, match="was changed after its header was read"):
+            tensors.get_tensor("a")
+
+
+def test_threads_share_what_is_open(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(contents([(str(number), "U8", (5000,)) for number in range(64)]))
+    wanted = load_file(path)
+    with safe_open(path) as tensors, ThreadPoolExecutor(8) as pool:
+        for name, found in zip(wanted, pool.map(tensors.get_tensor, wanted), strict=True):
+            assert (found == wanted[name]).all()
+        assert tensors.read is not None
+        assert tensors.read.nbytes == 64 * 5000
 
 
 @pytest.mark.parametrize("missing", ["file.safetensors", "file.index.json"])
@@ -493,6 +517,13 @@ def test_progress_is_told_to_whom_it_is_given(name: str, tmp_path: Path) -> None
     total = sum(len(each["data"]) for _, each in safetensors.deserialize(CORPUS[name]))
     assert [done for done, _ in told] == ([total] if total else [])
     assert {each for _, each in told} <= {total}
+
+
+def test_no_bar_without_rich(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(CORPUS["large"])
+    monkeypatch.setitem(sys.modules, "rich", None)
+    with pytest.raises(ImportError, match=r"a bar needs Rich: pip install gdsdirect\[cli\]"):
+        load_file(tmp_path / "file", progress=True)
 
 
 def test_a_bar_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

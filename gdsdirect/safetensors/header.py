@@ -65,17 +65,28 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file has: the tensors in the order of their bytes, which lie from `begin` to `end`."""
+    """What a file has: the tensors in the order of their bytes, which lie from `begin` to `end`.
+
+    `stamp` tells whether a file is this one still: see `stamp_of`.
+    """
 
     tensors: Mapping[str, Entry]
     metadata: Mapping[str, str]
     begin: int
     end: int
+    stamp: tuple[int, ...]
+
+
+def stamp_of(fd: int) -> tuple[int, ...]:
+    """What changes when another file takes an open one's path, or its bytes are written anew."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_header(path: str) -> Header:
     """The header of a file. SafetensorsError if there is anything wrong with it."""
     with open(path, "rb") as file:
+        stamp = stamp_of(file.fileno())
         nbytes = os.fstat(file.fileno()).st_size
         first = file.read(_LENGTH.size)
         if len(first) < _LENGTH.size:
@@ -89,7 +100,8 @@ def read_header(path: str) -> Header:
     begin = _LENGTH.size + length
     if len(text) < length:
         _refuse(path, "it became shorter while its header was read")
-    return _checked(path, _parsed(path, text), begin, nbytes)
+    tensors, metadata = _checked(path, _parsed(path, text), begin, nbytes)
+    return Header(tensors, metadata, begin, nbytes, stamp)
 
 
 def _refuse(path: str, reason: str) -> NoReturn:
@@ -138,7 +150,9 @@ def _parsed(path: str, text: bytes) -> dict[str, Any]:
 # ---- Checks
 
 
-def _checked(path: str, found: dict[str, Any], begin: int, nbytes: int) -> Header:
+def _checked(
+    path: str, found: dict[str, Any], begin: int, nbytes: int
+) -> tuple[dict[str, Entry], dict[str, str]]:
     metadata = found.pop(_METADATA, None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -149,7 +163,7 @@ def _checked(path: str, found: dict[str, Any], begin: int, nbytes: int) -> Heade
     if end != nbytes:
         what = "more than it has" if end > nbytes else "with bytes behind them of no tensor"
         _refuse(path, f"its tensors end at byte {end}, and the file at {nbytes}: {what}")
-    return Header(dict(ordered), metadata, begin, end)
+    return dict(ordered), metadata
 
 
 def _entry(path: str, name: str, told: Any, begin: int) -> Entry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any, Self
 
 from gdsdirect.safetensors.frameworks import Framework, framework_of
@@ -37,12 +38,13 @@ def safe_open(
 
 
 class TensorFile:
-    """What `safe_open` returns. `close()` it, or use it by `with`."""
+    """What `safe_open` returns. `close()` it, or use it by `with`. Threads may share it."""
 
     def __init__(self, checkpoint: Checkpoint, framework: Framework) -> None:
         self._checkpoint = checkpoint
         self._framework = framework
         self._came: ReadResult | None = None
+        self._lock = threading.Lock()
 
     def keys(self) -> list[str]:
         """The tensors' names, by their shards, and in a shard in the order of their bytes."""
@@ -86,8 +88,9 @@ class TensorFile:
         return shard, shard.header.tensors[name]
 
     def _note(self, piece: Piece) -> None:
-        results = [each for each in (self._came, piece.result) if each is not None]
-        self._came = together(results) if results else None
+        with self._lock:
+            results = [each for each in (self._came, piece.result) if each is not None]
+            self._came = together(results) if results else None
 
 
 class TensorSlice:

@@ -84,10 +84,13 @@ def _reported(progress: Progress, name: str, total: int) -> Iterator[Callable[[i
     if progress is False:
         yield lambda nbytes: None
     elif progress is True:
-        from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
-
-        columns = "{task.description}", BarColumn(), DownloadColumn(True), TransferSpeedColumn()
-        with Progress(*columns) as bar:
+        try:
+            from rich import progress as bars
+        except ImportError as error:
+            text = "a bar needs Rich: pip install gdsdirect[cli], or give a function as progress="
+            raise ImportError(text, name="rich") from error
+        columns = bars.BarColumn(), bars.DownloadColumn(True), bars.TransferSpeedColumn()
+        with bars.Progress("{task.description}", *columns) as bar:
             task = bar.add_task(name, total=total)
             yield lambda nbytes: bar.advance(task, nbytes)
     else:

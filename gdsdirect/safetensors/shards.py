@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from gdsdirect.lane import read_once
 from gdsdirect.memory import GpuMappedBuffer
 from gdsdirect.origin import BEST_FIRST
 from gdsdirect.safetensors.frameworks import Framework
-from gdsdirect.safetensors.header import SafetensorsError, read_header
+from gdsdirect.safetensors.header import SafetensorsError, read_header, stamp_of
 from gdsdirect.transfer import ReadResult
 
 _PAGE = 4096  # bytes; what lies alike in file and memory against it can be read directly
@@ -42,12 +43,18 @@ class Shard:
         self.header = read_header(path)
         self._direct = direct
         self._file: File | None = None
+        self._lock = threading.Lock()
 
     def _opened(self) -> File:
-        if self._file is None:
-            direct = not self._is_cached() if self._direct is None else self._direct
-            self._file = File(self.path, direct=direct)
-        return self._file
+        with self._lock:
+            if self._file is None:
+                direct = not self._is_cached() if self._direct is None else self._direct
+                file = File(self.path, direct=direct)
+                if stamp_of(file.fileno()) != self.header.stamp:
+                    file.close()
+                    raise SafetensorsError(f"{self.path} was changed after its header was read")
+                self._file = file
+            return self._file
 
     def _is_cached(self) -> bool:
         """Whether all samples of the tensors' bytes are in the page cache."""
