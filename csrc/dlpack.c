@@ -1,5 +1,5 @@
 /*
- * Memory as a DLPack tensor: torch, NumPy, JAX and CuPy take it without a copy.
+ * Memory as a DLPack tensor, which torch, NumPy, JAX and CuPy take without a copy; and theirs, taken.
  *
  * The structs are those of dlpack.h 1.1 (github.com/dmlc/dlpack), whose ABI is fixed within a major
  * version. A consumer that knows version 1 takes the versioned one, an older one the other.
@@ -14,6 +14,11 @@
 #define MOST_DIMENSIONS 64
 
 static const char PLAIN[] = "dltensor", VERSIONED[] = "dltensor_versioned";
+static const char USED[] = "used_dltensor", USED_VERSIONED[] = "used_dltensor_versioned";
+static const char KEPT[] = "gdsdirect.kept_dltensor";
+
+#define READ_ONLY 1u /* DLPACK_FLAG_BITMASK_READ_ONLY */
+#define IS_COPIED 2u /* DLPACK_FLAG_BITMASK_IS_COPIED */
 
 struct dl_tensor {
     void *data;
@@ -185,4 +190,85 @@ gdsdirect_dlpack(PyObject *Py_UNUSED(module), PyObject *args)
         PyMem_Free(lent);
     }
     return capsule;
+}
+
+/* ---- Taking ------------------------------------------------------------------------------- */
+
+/* What was taken, once nobody needs it. The context tells which struct it is. */
+static void
+kept_destroy(PyObject *kept)
+{
+    void *managed = PyCapsule_GetPointer(kept, KEPT);
+    if (PyCapsule_GetContext(kept) != NULL) {
+        struct managed_versioned *versioned = managed;
+        if (versioned->deleter != NULL) {
+            versioned->deleter(versioned);
+        }
+        return;
+    }
+    struct managed *plain = managed;
+    if (plain->deleter != NULL) {
+        plain->deleter(plain);
+    }
+}
+
+/* Bytes of all elements, and whether they are side by side in C order. -1: more than there can be. */
+static int64_t
+measure_tensor(const struct dl_tensor *tensor, bool *contiguous)
+{
+    int64_t elements = 1, nbytes;
+    *contiguous = true;
+    for (int32_t i = tensor->ndim; i-- > 0;) {
+        const int64_t length = tensor->shape[i];
+        if (length > 1 && tensor->strides != NULL && tensor->strides[i] != elements) {
+            *contiguous = false;
+        }
+        if (length < 0 || __builtin_mul_overflow(elements, length, &elements)) {
+            return -1;
+        }
+    }
+    const int64_t bits = (int64_t)tensor->bits * tensor->lanes;
+    if (bits % 8 != 0 || __builtin_mul_overflow(elements, bits / 8, &nbytes)) {
+        return -1;
+    }
+    return nbytes;
+}
+
+/* take_dlpack(capsule) -> (keeper, address, nbytes, contiguous, readonly): the tensor is the keeper's
+ * from now on, and given back when that goes. What is a copy is told as read-only: nobody would see
+ * what is written there. */
+PyObject *
+gdsdirect_take_dlpack(PyObject *Py_UNUSED(module), PyObject *capsule)
+{
+    const bool versioned = PyCapsule_IsValid(capsule, VERSIONED);
+    if (!versioned && !PyCapsule_IsValid(capsule, PLAIN)) {
+        return PyErr_Format(PyExc_TypeError, "%R is no DLPack capsule, or one that was taken already",
+                            capsule);
+    }
+    void *managed = PyCapsule_GetPointer(capsule, versioned ? VERSIONED : PLAIN);
+    const struct managed_versioned *known = versioned ? managed : NULL;
+    if (known != NULL && known->major > VERSION_MAJOR) {
+        return PyErr_Format(PyExc_BufferError, "a tensor of DLPack %u: %d is known", known->major,
+                            VERSION_MAJOR);
+    }
+    const struct dl_tensor *tensor = known ? &known->tensor : &((struct managed *)managed)->tensor;
+    bool contiguous;
+    const int64_t nbytes = measure_tensor(tensor, &contiguous);
+    if (nbytes < 0) {
+        PyErr_SetString(PyExc_BufferError, "a DLPack tensor of no whole number of bytes, or too many");
+        return NULL;
+    }
+    PyObject *keeper = PyCapsule_New(managed, KEPT, NULL);
+    if (keeper == NULL) {
+        return NULL;
+    }
+    /* None of these can fail for a capsule that is valid. The destructor comes last, when the tensor is
+     * no longer the other one's to give back. */
+    PyCapsule_SetContext(keeper, versioned ? managed : NULL);
+    PyCapsule_SetName(capsule, versioned ? USED_VERSIONED : USED);
+    PyCapsule_SetDestructor(keeper, kept_destroy);
+    const bool readonly = known != NULL && (known->flags & (READ_ONLY | IS_COPIED)) != 0;
+    const unsigned long long address = (uintptr_t)tensor->data + tensor->byte_offset;
+    return Py_BuildValue("NKLNN", keeper, address, (long long)nbytes, PyBool_FromLong(contiguous),
+                         PyBool_FromLong(readonly));
 }

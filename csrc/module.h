@@ -87,5 +87,6 @@ PyObject *gdsdirect_nvme_identify(PyObject *module, PyObject *args);
 PyObject *gdsdirect_ask_io_uring(PyObject *module, PyObject *ignored);
 PyObject *gdsdirect_direct_alignment(PyObject *module, PyObject *args);
 PyObject *gdsdirect_dlpack(PyObject *module, PyObject *args);
+PyObject *gdsdirect_take_dlpack(PyObject *module, PyObject *capsule);
 
 #endif

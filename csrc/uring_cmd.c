@@ -917,6 +917,8 @@ static PyMethodDef module_methods[] = {
      "ask_io_uring() -> dict: by feature 0, or the errno that the kernel refuses it with."},
     {"dlpack", gdsdirect_dlpack, METH_VARARGS,
      "dlpack(memory, offset, code, bits, shape, versioned) -> a DLPack capsule of part of memory."},
+    {"take_dlpack", gdsdirect_take_dlpack, METH_O,
+     "take_dlpack(capsule) -> (keeper, address, nbytes, contiguous, readonly) of a DLPack capsule."},
     {"open_sources", gdsdirect_open_sources, METH_VARARGS,
      "open_sources(paths, flags) -> for each its path, a Source or None, and its size: see csrc/open.c."},
     {"read_sources", gdsdirect_read_sources, METH_VARARGS,

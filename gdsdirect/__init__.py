@@ -9,6 +9,8 @@ from gdsdirect._nvme_sqe import (
 from gdsdirect.check import Check, Evidence, PathReport, Status, Target, Trial, Verdict
 from gdsdirect.chunks import Chunk, ChunkStream, StreamProgress, stream_files
 from gdsdirect.errors import (
+    CudaError,
+    CudaUnavailableError,
     NvmeStatusError,
     RingUnavailableError,
     ShortReadError,
@@ -50,6 +52,8 @@ __all__ = [
     "Chunk",
     "ChunkStream",
     "Completion",
+    "CudaError",
+    "CudaUnavailableError",
     "DataPath",
     "Evidence",
     "FeatureDisabled",

@@ -29,6 +29,7 @@ def dlpack(
     versioned: bool,
     /,
 ) -> object: ...
+def take_dlpack(capsule: object, /) -> tuple[object, int, int, bool, bool]: ...
 
 @disjoint_base
 class Memory:

@@ -304,6 +304,32 @@ class RingUnavailableError(RuntimeError):
         )
 
 
+class CudaUnavailableError(RuntimeError):
+    """GPU memory was asked for where there is no CUDA: the text says what is missing, and the
+    remedy."""
+
+
+class CudaError(RuntimeError):
+    """A call of CUDA's driver failed.
+
+    Attributes: `function`, the driver's name of it; `code`, the CUresult as a number; `name` and
+    `text`, what cuGetErrorName and cuGetErrorString say of it.
+
+    >>> print(CudaError("cuMemHostRegister", 2, "CUDA_ERROR_OUT_OF_MEMORY", "out of memory"))
+    cuMemHostRegister: out of memory (CUDA_ERROR_OUT_OF_MEMORY, 2)
+    """
+
+    def __init__(self, function: str, code: int, name: str, text: str) -> None:
+        super().__init__(function, code, name, text)
+        self.function = function
+        self.code = code
+        self.name = name
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"{self.function}: {self.text} ({self.name}, {self.code})"
+
+
 class WayClosedError(OSError):
     """None of the ways that `require=` allows is open. `obstacles` has what stands in each's.
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from array import array
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Self
 
 from gdsdirect.chunks import ChunkStream, stream_of
+from gdsdirect.cuda import is_on_gpu
 from gdsdirect.lane import lane_of
 from gdsdirect.memory import GpuMappedBuffer
 from gdsdirect.origin import Origin
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 
     _Integers: TypeAlias = Sequence[int] | Buffer
 
+    from gdsdirect import cufile
     from gdsdirect._uring_cmd import Source
+    from gdsdirect.cuda import DeviceMemory, OnGpu
 
 
 def open(
@@ -72,6 +76,9 @@ class File:
         self.path = os.fsdecode(path)
         self._origin = Origin(self.path, direct=direct, extents=extents)
         self._source: Source = self._origin.source  # a stream finds it by this name (csrc/submit.c)
+        # What cuFile has of it, once a read into GPU memory asked; gdsdirect/gpu.py sees to it.
+        self._cufile: cufile.Handle | cufile.RefusedError | None = None
+        self._cufile_lock = threading.Lock()
 
     @property
     def size(self) -> int:
@@ -81,18 +88,22 @@ class File:
 
     def read_into(
         self,
-        buffer: Buffer,
+        buffer: Buffer | OnGpu,
         *,
         offset: int = 0,
         size: int | None = None,
         target_offset: int = 0,
         require: Require = None,
         timeout: float | None = None,
+        stream: object = None,
     ) -> ReadResult:
         """Read `size` bytes from `offset` into `buffer` at `target_offset`, and wait for them.
 
         `buffer` is a GpuMappedBuffer, or any writable contiguous memory (a bytearray, a NumPy
-        array), which then is prepared anew for each read. Without `size` all from `offset` to the
+        array), which then is prepared anew for each read; or GPU memory: a torch tensor, a CuPy
+        array, anything with `__cuda_array_interface__` or DLPack on CUDA. There the bytes go by
+        cuFile where that is direct, else through page-locked memory, and are copied on while more
+        is read; `require` is then the way to that memory. Without `size` all from `offset` to the
         end of the file is read, and must fit. Fewer bytes come only where the file ends before.
         Any numbers go; direct reads are of whole blocks, and for the parts of blocks at both ends
         a copy is made, which `bounce_bytes` counts.
@@ -102,8 +113,28 @@ class File:
 
         ValueError for numbers that the buffer or the file doesn't hold, NvmeStatusError for a
         status of the drive's, another OSError for an errno of the kernel's, TimeoutError after
-        `timeout` seconds; nothing is known of the buffer's bytes then.
+        `timeout` seconds; nothing is known of the buffer's bytes then. Of GPU memory also
+        BufferError for what is not contiguous or read-only, CudaUnavailableError where there is no
+        CUDA, and CudaError where it fails; there is no timeout.
+
+        `stream`, for GPU memory, is a stream of CUDA's: its handle, or torch's, CuPy's or any other
+        object with `__cuda_stream__`. The copies are then put into that stream, after what is in it
+        now, and this returns once all are: `event` of the result tells when the bytes are there.
         """
+        if not isinstance(buffer, GpuMappedBuffer) and is_on_gpu(buffer):
+            from gdsdirect import gpu  # which is above this module
+
+            _no_timeout(timeout)
+            return gpu.read_into(
+                self,
+                buffer,
+                offset=offset,
+                size=size,
+                target_offset=target_offset,
+                require=require,
+                stream=stream,
+            )
+        _no_stream(stream)
         with _memory(buffer) as memory:
             wanted = self._range(memory, offset, size, target_offset)
             transfer = Transfer(self._origin, lane_of(memory, None), permitted(require))
@@ -111,16 +142,31 @@ class File:
 
     async def read_into_async(
         self,
-        buffer: Buffer,
+        buffer: Buffer | OnGpu,
         *,
         offset: int = 0,
         size: int | None = None,
         target_offset: int = 0,
         require: Require = None,
+        stream: object = None,
     ) -> ReadResult:
-        """`read_into` for asyncio: other tasks run meanwhile."""
+        """`read_into` for asyncio: other tasks run meanwhile.
+
+        Into GPU memory it is a thread that reads, and goes on if the task is cancelled.
+        """
         import asyncio
 
+        if not isinstance(buffer, GpuMappedBuffer) and is_on_gpu(buffer):
+            return await asyncio.to_thread(
+                self.read_into,
+                buffer,
+                offset=offset,
+                size=size,
+                target_offset=target_offset,
+                require=require,
+                stream=stream,
+            )
+        _no_stream(stream)
         with _memory(buffer) as memory:
             wanted = self._range(memory, offset, size, target_offset)
             lane = lane_of(memory, asyncio.get_running_loop())
@@ -196,7 +242,11 @@ class File:
         )
 
     def _range(
-        self, memory: GpuMappedBuffer, offset: int, size: int | None, target_offset: int
+        self,
+        memory: GpuMappedBuffer | DeviceMemory,
+        offset: int,
+        size: int | None,
+        target_offset: int,
     ) -> Range:
         """What is to be read, checked against the buffer."""
         for name, value in (("offset", offset), ("target_offset", target_offset), ("size", size)):
@@ -231,6 +281,9 @@ class File:
 
     def close(self) -> None:
         """Close the file; reads in flight are not disturbed. More than once is harmless."""
+        found = self._cufile
+        if found is not None and not isinstance(found, Exception):
+            found.close()
         self._origin.close()
 
     def __enter__(self) -> Self:
@@ -280,6 +333,19 @@ def _array(name: str, code: str, numbers: _Integers) -> array[int]:
     except OverflowError:
         bits = 8 * array(code).itemsize
         raise ValueError(f"{name}: give integers from 0 to 2**{bits} - 1") from None
+
+
+def _no_stream(stream: object) -> None:
+    if stream is not None:
+        raise ValueError(
+            "stream= is for GPU memory, and this buffer is the host's: leave it out, or give a "
+            "tensor on the GPU"
+        )
+
+
+def _no_timeout(timeout: float | None) -> None:
+    if timeout is not None:
+        raise ValueError(f"timeout is {timeout}: reads into GPU memory have none, leave it out")
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 from weakref import WeakKeyDictionary
 
+from gdsdirect.cuda import is_on_gpu
 from gdsdirect.errors import ring_type
 from gdsdirect.sysfs import Sysfs
 from gdsdirect.tensor import Tensor
@@ -57,8 +58,9 @@ class GpuMappedBuffer(Memory):
     (8192, 'HOST_VISIBLE', 0)
     """
 
-    __slots__ = ("__weakref__", "_kind", "_lanes", "_made_of")
+    __slots__ = ("__weakref__", "_gpu", "_kind", "_lanes", "_made_of")
     _kind: MemoryKind
+    _gpu: tuple[int, int] | None  # the address at which a GPU sees it, and that GPU's ordinal
     _made_of: tuple[object, int, int]
     # The rings of File, which is above this module: by the event loop that each belongs to.
     _lanes: WeakKeyDictionary[Any, Any]
@@ -79,6 +81,7 @@ class GpuMappedBuffer(Memory):
     def _make(cls, kind: MemoryKind, owner: object, *, address: int = 0, nbytes: int = 0) -> Self:
         self = cls(owner, address, nbytes)
         self._kind = kind
+        self._gpu = None
         self._made_of = (owner, address, nbytes)
         self._lanes = WeakKeyDictionary()
         return self
@@ -150,14 +153,36 @@ class GpuMappedBuffer(Memory):
         return cls._make(MemoryKind.BAR1_PEER, owner, address=address, nbytes=nbytes)
 
     @classmethod
-    def from_host_visible(cls, nbytes: int, *, hugepages: bool = False) -> Self:
+    def from_host_visible(
+        cls, nbytes: int, *, hugepages: bool = False, device: int | None = None
+    ) -> Self:
         """Allocate `nbytes` of page-aligned host memory, zeroed.
 
         With `hugepages` it is in pages of the system's huge page size, which makes registering it
         cheaper; OSError says how to reserve them where there are not enough.
+
+        With `device`, CUDA's ordinal of a GPU, it is also page-locked and mapped into the GPUs
+        (cuMemHostRegister), on that one's NUMA node where the kernel grants it, until the memory
+        goes: `device_address` is where the GPU sees it, and kernels and copies reach it there. It
+        needs the extra `gdsdirect[cuda]`: CudaUnavailableError where that or the driver is missing,
+        CudaError where CUDA refuses, ValueError where there is no such GPU.
         """
         if nbytes < 1:
             raise ValueError(f"nbytes is {nbytes}: a buffer has at least 1 byte")
+        buffer = cls._on_host(nbytes, hugepages=hugepages)
+        return buffer if device is None else cls._pinned(buffer, device)
+
+    @classmethod
+    def _pinned(cls, plain: Self, device: int) -> Self:
+        from gdsdirect.cuda import Pinned
+
+        pinned = Pinned(plain, device)
+        buffer = cls._make(plain.kind, pinned, address=plain.address, nbytes=plain.nbytes)
+        buffer._gpu = pinned.address, device
+        return buffer
+
+    @classmethod
+    def _on_host(cls, nbytes: int, *, hugepages: bool) -> Self:
         if not hugepages:
             buffer = cls._make(MemoryKind.HOST_VISIBLE, _anonymous_memory(nbytes))
             return cls._elsewhere(buffer) if buffer._exposed else buffer
@@ -201,7 +226,16 @@ class GpuMappedBuffer(Memory):
         It is kept alive, and can't be resized until this buffer is closed. Its start must be a
         multiple of 4 for NVMe commands, and of the block size for O_DIRECT.
         """
-        with memoryview(obj) as view:
+        try:
+            view = memoryview(obj)
+        except TypeError as error:
+            if not is_on_gpu(obj):
+                raise
+            raise TypeError(
+                f"this {type(obj).__name__} is GPU memory, which only read_into and "
+                f"read_into_async take: read each range by one of them ({error})"
+            ) from None
+        with view:
             if view.readonly or not view.c_contiguous or view.nbytes == 0:
                 what = "read-only" if view.readonly else "empty or not contiguous"
                 raise ValueError(
@@ -230,6 +264,15 @@ class GpuMappedBuffer(Memory):
     def kind(self) -> MemoryKind:
         """What the memory is."""
         return self._kind
+
+    @property
+    def device_address(self) -> int | None:
+        """The address at which a GPU sees the memory; None where none does.
+
+        Given by `from_host_visible(…, device=)`. ValueError once the buffer is closed.
+        """
+        _ = self.address
+        return None if self._gpu is None else self._gpu[0]
 
     def view(self) -> memoryview:
         """A writable memoryview of all bytes. `close()` waits for its release."""

@@ -146,7 +146,7 @@ class Origin:
     def obstacle(self, way: DataPath, lane: Lane) -> str | None:
         """What stands in the way, into the memory of this lane; None: it is open."""
         if way is DataPath.CUFILE:
-            return "gdsdirect doesn't use NVIDIA's cuFile"
+            return "cuFile reads into GPU memory, and this is memory of the host or of a BAR"
         if way is DataPath.NVME_PASSTHROUGH:
             if self.namespace is None and self.extents is None:
                 return self.unmapped or (

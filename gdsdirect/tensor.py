@@ -37,7 +37,10 @@ _TYPES: dict[str, tuple[int, int, str | None]] = {
 _ORDER = "<" if sys.byteorder == "little" else ">"
 _MOST_DIMENSIONS = 64  # as NumPy 2 has
 
-_CPU = (1, 0)  # kDLCPU: an address of this process, whatever is behind it
+# kDLCPU: an address of this process, whatever is behind it. So is page-locked memory that a GPU
+# sees: kDLCUDAHost would say more, but torch (DLConvertor.cpp) and CuPy (dlpack.pyx) refuse it, and
+# both take it by __cuda_array_interface__.
+_CPU = (1, 0)
 
 
 class Tensor:
@@ -48,7 +51,9 @@ class Tensor:
     can't be closed. `dtype` is a name such as "float32", `shape` a tuple, `offset` in bytes.
 
     A buffer in another device's memory is told as memory of the CPU too, since it is mapped there;
-    the CPU reads it slowly.
+    the CPU reads it slowly. One that a GPU sees (`from_host_visible(…, device=0)`) is an array of
+    that GPU's as well, read across PCIe by each kernel that uses it:
+    `torch.as_tensor(tensor, device="cuda")`, `cupy.asarray(tensor)`.
     """
 
     __slots__ = ("__weakref__", "_view", "dtype", "offset", "shape")
@@ -93,11 +98,33 @@ class Tensor:
                 f"NumPy has no {self.dtype}: use torch.from_dlpack, or a tensor of uint8 or uint16"
             )
         memory: Any = self._view.obj
+        return self._interface(kind, memory.address)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """The CUDA array interface, version 3, of a buffer that a GPU sees.
+
+        AttributeError for other buffers, and for a dtype that NumPy doesn't know, so that hasattr
+        tells. No stream: what read into the buffer has waited for its bytes.
+        """
+        memory: Any = self._view.obj
+        kind = _TYPES[self.dtype][2]
+        if memory.device_address is None:
+            raise AttributeError(
+                "no GPU sees this buffer: make it by from_host_visible(…, device=0)"
+            )
+        if kind is None:
+            raise AttributeError(f"the CUDA array interface has no {self.dtype}")
+        interface = self._interface(kind, memory.device_address)
+        return {**interface, "strides": None, "stream": None}
+
+    def _interface(self, kind: str, address: int) -> dict[str, Any]:
+        """What both array interfaces say, of memory at `address`."""
         return {
             "version": 3,
             "shape": self.shape,
             "typestr": ("|" if kind.endswith("1") else _ORDER) + kind,
-            "data": (memory.address + self.offset, False),
+            "data": (address + self.offset, False),
         }
 
     def __dlpack__(

@@ -11,7 +11,7 @@ import time
 from array import array
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from gdsdirect._nvme_sqe import _encode_byte_reads
 from gdsdirect.errors import WayClosedError, completion_error
@@ -22,6 +22,9 @@ from gdsdirect.namespace import Namespace
 from gdsdirect.origin import BEST_FIRST, DWORD, Origin
 from gdsdirect.plan import Bounced, Plan, Range, Rules, plan_reads, span_of
 from gdsdirect.stream import DataPath
+
+if TYPE_CHECKING:
+    from gdsdirect.cuda import Event
 
 PIECE = 1 << 20  # bytes of one read of a file: large enough that its overhead doesn't show
 _TRIES = 3  # times that a read may bring nothing although there is more
@@ -48,7 +51,11 @@ class ReadResult:
     the way they went, and `why` says what stood in the way of a better one, or is None. Where
     several were taken, `path` is the least of them, and `ways` has the bytes of each.
     `bounce_bytes` of them were read into memory of gdsdirect's own and copied from there: those of
-    blocks that are not wanted whole.
+    blocks that are not wanted whole, and all that went through it into GPU memory.
+
+    `event` is there where a read was ordered on a stream of CUDA's: the bytes are in place once it
+    is done. `event.query()` tells whether it is, `event.synchronize()` waits for it, and
+    `event.handle` is the CUevent.
     """
 
     nbytes: int
@@ -56,6 +63,7 @@ class ReadResult:
     why: str | None = None
     bounce_bytes: int = 0
     ways: Mapping[DataPath, int] = field(default_factory=dict)
+    event: Event | None = None
 
 
 class _Came(NamedTuple):

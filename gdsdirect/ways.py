@@ -169,7 +169,7 @@ _CUFILE_NEEDS = (
 
 
 def _cufile(facts: HostFacts, path: PathFacts) -> Verdict:
-    """By facts alone: gdsdirect doesn't read by cuFile yet, so that it can't be tried."""
+    """By facts alone: to try it takes a GPU's memory, and a context on that GPU."""
     way, target = DataPath.CUFILE, Target.GPU
     path_closing = [
         one
@@ -181,7 +181,8 @@ def _cufile(facts: HostFacts, path: PathFacts) -> Verdict:
     fewest = min(closing, key=lambda mode: len(closing[mode]))
     if not path_closing and not closing[fewest]:
         why = (
-            f"the facts allow it, in cuFile's {fewest} mode; not tried: gdsdirect has no cuFile way"
+            f"the facts allow it, in cuFile's {fewest} mode; not tried: a read into GPU memory "
+            "tells"
         )
         return Verdict(way, target, True, why)
     both = [*closing[fewest], *path_closing]

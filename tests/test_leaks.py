@@ -28,6 +28,8 @@ from gdsdirect import (
     AsyncUringStream,
     Available,
     Completion,
+    CudaError,
+    CudaUnavailableError,
     DataPath,
     FeatureDisabled,
     File,
@@ -45,6 +47,7 @@ from gdsdirect import (
     UnavailableReason,
     WayClosedError,
     WayStats,
+    _uring_cmd,
     decode_nvme_read_sqe,
     encode_nvme_read_sqe,
     encode_nvme_read_sqes,
@@ -279,6 +282,26 @@ def _errors(world: World) -> None:
     fails(TypeError, RingUnavailableError)
 
 
+@calls("CudaError", "CudaUnavailableError")
+def _cuda(world: World) -> None:
+    error = CudaError("cuInit", 100, "CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected")
+    str(pickle.loads(pickle.dumps(error)))
+    fails(TypeError, CudaError, "cuInit")
+    str(CudaUnavailableError("libcuda is missing"))
+    _uring_cmd.take_dlpack(numpy.zeros(5).__dlpack__())
+    taken = world.buffer.tensor("int8").__dlpack__(max_version=(1, 0))
+    _uring_cmd.take_dlpack(taken)
+    fails(TypeError, _uring_cmd.take_dlpack, taken)
+    with File(world.folder / "file") as file:
+        fails(ValueError, file.read_into, world.buffer, size=1, stream=1)
+        fails(BufferError, file.read_into, OtherMakers(), size=1)
+
+
+class OtherMakers:
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (10, 0)
+
+
 @calls("Geometry")
 def _geometry(world: World) -> None:
     repr(Geometry(1, 512, 2**63, 65536))
@@ -406,7 +429,7 @@ def _view(world: World) -> None:
     fails(ValueError, world.closed_buffer.view)
 
 
-attributes(GpuMappedBuffer, "address nbytes closed kind", "buffer", "closed_buffer")
+attributes(GpuMappedBuffer, "address nbytes closed kind device_address", "buffer", "closed_buffer")
 
 
 @calls("AsyncUringStream", "AsyncUringStream.close")

@@ -3,6 +3,7 @@
 import gc
 import pickle
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -315,3 +316,97 @@ def test_what_the_capsule_is_made_of_is_checked_again(buffer: GpuMappedBuffer) -
             _uring_cmd.dlpack(*arguments)
     with pytest.raises(OverflowError):
         _uring_cmd.dlpack(buffer, 0, 1, 8, (1 << 70,), False)
+
+
+# ---- Taken from others: what gdsdirect does with a tensor on a GPU, here with NumPy's
+
+
+needs_numpy_2_1 = pytest.mark.skipif(
+    np.lib.NumpyVersion(np.__version__) < "2.1.0", reason="NumPy before 2.1 has no DLPack 1"
+)
+
+
+@pytest.mark.parametrize(
+    "version", [{}, pytest.param({"max_version": (1, 0)}, marks=needs_numpy_2_1)]
+)
+def test_a_capsule_that_is_taken(version: dict[str, Any]) -> None:
+    array = np.arange(24, dtype="int16").reshape(2, 3, 4)[1:]
+    before = sys.getrefcount(array)
+    capsule = array.__dlpack__(**version)
+    keeper, address, nbytes, contiguous, readonly = _uring_cmd.take_dlpack(capsule)
+    assert (address, nbytes, contiguous, readonly) == (array.ctypes.data, 24, True, False)
+    assert '"used_dltensor' in repr(capsule)
+    with pytest.raises(TypeError, match="taken already"):
+        _uring_cmd.take_dlpack(capsule)
+    del capsule
+    assert sys.getrefcount(array) == before + 1
+    del keeper
+    assert sys.getrefcount(array) == before
+
+
+@pytest.mark.parametrize(
+    ("array", "nbytes", "contiguous"),
+    [
+        (np.zeros((4, 4)), 128, True),
+        (np.zeros((4, 4)).T, 128, False),
+        (np.zeros((4, 6)).T, 192, False),
+        (np.zeros((4, 4))[:, :2], 64, False),
+        (np.zeros((4, 1, 4))[:, ::1], 128, True),
+        (np.zeros((1, 9))[:, ::3], 24, False),
+        (np.zeros(0), 0, True),
+        (np.zeros(()), 8, True),
+    ],
+)
+def test_what_is_told_of_an_array(array: Any, nbytes: int, contiguous: bool) -> None:
+    _, _, told, side_by_side, _ = _uring_cmd.take_dlpack(array.__dlpack__())
+    assert (told, side_by_side) == (nbytes, contiguous)
+
+
+@needs_numpy_2_1
+def test_a_capsule_of_memory_that_may_not_be_written() -> None:
+    array = np.zeros(4)
+    array.flags.writeable = False
+    _, _, _, _, readonly = _uring_cmd.take_dlpack(array.__dlpack__(max_version=(1, 0)))
+    assert readonly
+    # What is written to a copy, nobody sees.
+    copied = np.zeros(4).__dlpack__(max_version=(1, 0), copy=True)
+    assert _uring_cmd.take_dlpack(copied)[4]
+
+
+def test_what_is_no_capsule(buffer: GpuMappedBuffer) -> None:
+    for wrong in (3, object(), np.zeros(3)):
+        with pytest.raises(TypeError, match="no DLPack capsule"):
+            _uring_cmd.take_dlpack(wrong)
+    keeper, address, *_ = _uring_cmd.take_dlpack(buffer.tensor("int8").__dlpack__())
+    assert address == buffer.address
+    with pytest.raises(TypeError, match="no DLPack capsule"):
+        _uring_cmd.take_dlpack(keeper)
+    del keeper
+
+
+@pytest.mark.parametrize(
+    ("patch", "message"),
+    [
+        ((0, "I", 2), "DLPack 2"),
+        ((32 + 21, "B", 4), "no whole number of bytes"),
+    ],
+)
+def test_capsules_that_are_refused_are_given_back(
+    patch: tuple[int, str, int], message: str, buffer: GpuMappedBuffer
+) -> None:
+    """Those of a later version of DLPack, and what is smaller than a byte."""
+    import ctypes
+
+    place, code, value = patch
+    capsule = buffer.tensor("uint8", 3).__dlpack__(max_version=(1, 0))
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    address = pointer(capsule, b"dltensor_versioned")
+    assert address is not None
+    ctypes.memmove(address + place, struct.pack(code, value), struct.calcsize(code))
+    with pytest.raises(BufferError, match=message):
+        _uring_cmd.take_dlpack(capsule)
+    with pytest.raises(BufferError, match="in use by 1"):
+        buffer.close()
+    del capsule
+    buffer.close()
