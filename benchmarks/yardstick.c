@@ -154,7 +154,7 @@ reap(struct io_uring *ring, const struct work *work, struct record *records, uin
     io_uring_for_each_cqe(ring, head, cqe) {
         /* A command says 0 for success; a read says how many bytes. */
         const uint32_t nbytes = work->blocks != 0 ? (cqe->res == 0 ? work->nbytes : 0)
-                                                    : (cqe->res > 0 ? (uint32_t)cqe->res : 0);
+                                                  : (cqe->res > 0 ? (uint32_t)cqe->res : 0);
         records[seen++] = (struct record){cqe->user_data, cqe->res, nbytes};
         *failures += nbytes != work->nbytes;
     }

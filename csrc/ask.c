@@ -81,8 +81,7 @@ ask_commands(struct answers *answers, void *page)
         return;
     }
     int fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    answers->passthrough =
-        fd < 0 ? errno : ask_entry(&ring, IORING_OP_URING_CMD, fd, page, 0);
+    answers->passthrough = fd < 0 ? errno : ask_entry(&ring, IORING_OP_URING_CMD, fd, page, 0);
     answers->passthrough_fixed = answers->passthrough;
     if (answers->passthrough == 0) {
         answers->passthrough_fixed = -io_uring_register_buffers(&ring, &one, 1);
@@ -131,11 +130,11 @@ gdsdirect_ask_io_uring(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored)
     ask_all(&answers, page);
     munmap(page, PAGE);
     Py_END_ALLOW_THREADS
-    return Py_BuildValue(
-        "{sisisisisisisisisi}", "setup", answers.setup, "enter", answers.enter, "registers",
-        answers.registers, "big_entries", answers.big_entries, "passthrough", answers.passthrough,
-        "passthrough_fixed", answers.passthrough_fixed, "single_thread", answers.single_thread,
-        "sqpoll", answers.sqpoll, "iopoll", answers.iopoll);
+    return Py_BuildValue("{sisisisisisisisisi}", "setup", answers.setup, "enter", answers.enter,
+                         "registers", answers.registers, "big_entries", answers.big_entries,
+                         "passthrough", answers.passthrough, "passthrough_fixed",
+                         answers.passthrough_fixed, "single_thread", answers.single_thread,
+                         "sqpoll", answers.sqpoll, "iopoll", answers.iopoll);
 }
 
 /* direct_alignment(fd) -> (memory, offset) in bytes, what O_DIRECT wants of a file: STATX_DIOALIGN of

@@ -152,8 +152,10 @@ gdsdirect_dlpack(PyObject *Py_UNUSED(module), PyObject *args)
     }
     const Py_ssize_t ndim = PyTuple_GET_SIZE(dimensions), size = bits / 8;
     if (ndim > MOST_DIMENSIONS || size < 1) {
-        return PyErr_Format(PyExc_ValueError, "%zd dimensions of %zd bytes an element: at most %d, "
-                            "and at least 1", ndim, size, MOST_DIMENSIONS);
+        return PyErr_Format(PyExc_ValueError,
+                            "%zd dimensions of %zd bytes an element: at most %d, "
+                            "and at least 1",
+                            ndim, size, MOST_DIMENSIONS);
     }
     struct lent *lent =
         PyMem_Calloc(1, sizeof(*lent) + 2 * (size_t)ndim * sizeof(lent->numbers[0]));

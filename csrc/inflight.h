@@ -36,7 +36,7 @@ struct slot {
     uint32_t generation;
     uint32_t holder;
     uint8_t way;
-    uint8_t faults; /* times that it came back with EFAULT and was sent again */
+    uint8_t faults;      /* times that it came back with EFAULT and was sent again */
     uint16_t registered; /* the registered buffer that it goes into, or NOT_REGISTERED */
 };
 

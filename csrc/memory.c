@@ -49,8 +49,10 @@ memory_fill(Memory *self, PyObject *owner, unsigned long long address, Py_ssize_
         self->owner = Py_NewRef(owner);
     }
     if (self->nbytes <= 0 || (uintptr_t)self->address > UINTPTR_MAX - (uintptr_t)self->nbytes) {
-        PyErr_Format(PyExc_ValueError, "memory of %zd bytes at address %p: give at least one byte, "
-                     "and no more than the address space holds", self->nbytes, self->address);
+        PyErr_Format(PyExc_ValueError,
+                     "memory of %zd bytes at address %p: give at least one byte, "
+                     "and no more than the address space holds",
+                     self->nbytes, self->address);
         return -1;
     }
     return 0;
@@ -290,7 +292,7 @@ static PyType_Slot memory_slots[] = {
 PyType_Spec gdsdirect_memory_spec = {
     .name = "gdsdirect._uring_cmd.Memory",
     .basicsize = sizeof(Memory),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC |
-             Py_TPFLAGS_IMMUTABLETYPE,
+    .flags =
+        Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
     .slots = memory_slots,
 };

@@ -17,8 +17,8 @@ struct module_state {
     PyTypeObject *memory_type;
     PyTypeObject *source_type;
     PyTypeObject *ring_type;
-    PyObject *source_name; /* "_source": where a Namespace keeps its Source */
-    PyObject *name_name;   /* "name" */
+    PyObject *source_name;     /* "_source": where a Namespace keeps its Source */
+    PyObject *name_name;       /* "name" */
     _Atomic uint32_t closings; /* sources closed so far: rings then look which of theirs are */
     struct aliases aliases;
 };
@@ -32,8 +32,8 @@ typedef struct {
     PyObject_HEAD
     char *address;
     Py_ssize_t nbytes;
-    Py_buffer exporter; /* obj is NULL where somebody else mapped the address */
-    PyObject *owner;    /* then this keeps it mapped */
+    Py_buffer exporter;      /* obj is NULL where somebody else mapped the address */
+    PyObject *owner;         /* then this keeps it mapped */
     PyObject *module;        /* holds the next one: a type may let go of it before its objects go */
     struct aliases *aliases; /* where its own are held free; NULL: they are not yet, or no more */
     bool exposed;            /* something else is at some of them */
@@ -44,13 +44,13 @@ typedef struct {
 typedef struct {
     PyObject_HEAD
     int fd;
-    bool borrowed; /* the descriptor is the caller's of one submission, and not closed here */
+    bool borrowed;  /* the descriptor is the caller's of one submission, and not closed here */
     bool is_direct; /* opened with O_DIRECT, and not in memory: see reads_directly in source.c */
     bool is_nvme;
     _Atomic uint32_t users; /* rings that hold it, and SOURCE_CLOSED */
     uint32_t nsid;
     uint32_t lba_shift;
-    uint32_t max_transfer; /* bytes */
+    uint32_t max_transfer;  /* bytes */
     uint32_t safe_transfer; /* bytes that the kernel maps whatever pages they are in */
     uint32_t metadata_size;
     uint64_t capacity; /* blocks */

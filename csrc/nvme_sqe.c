@@ -419,10 +419,10 @@ encode_byte_reads(PyObject *Py_UNUSED(module), PyObject *args)
     if (byte_reads_get(&reads, offsets, sizes, targets) == 0) {
         const Py_ssize_t n = reads.offsets.len / 8;
         result = PyBytes_FromStringAndSize(NULL, n * WIRE_BYTES);
-        const Py_ssize_t done =
-            result == NULL ? n
-                           : encode_bytes_all((unsigned char *)PyBytes_AS_STRING(result), &reads,
-                                              nsid, lba_size, address);
+        const Py_ssize_t done = result == NULL
+                                    ? n
+                                    : encode_bytes_all((unsigned char *)PyBytes_AS_STRING(result),
+                                                       &reads, nsid, lba_size, address);
         if (done < n) {
             PyErr_Format(PyExc_ValueError, "read %zd isn't of 1..65536 whole blocks", done);
             Py_CLEAR(result);
@@ -527,20 +527,21 @@ PyDoc_STRVAR(
     ">>> len(encode_nvme_read_sqes(1, lbas, 8, destinations))\n"
     "128\n");
 
-PyDoc_STRVAR(decode_one_doc,
-             "decode_nvme_read_sqe($module, command, /)\n--\n\n"
-             "Unpack a 64-byte read command: (namespace_id, starting_lba, blocks, dest_bar1_ptr).\n\n"
-             "Raises ValueError for what encode_nvme_read_sqe can't have made.\n\n"
-             ">>> decode_nvme_read_sqe(encode_nvme_read_sqe(1, 8, 2, 4096))\n"
-             "(1, 8, 2, 4096)\n");
+PyDoc_STRVAR(
+    decode_one_doc,
+    "decode_nvme_read_sqe($module, command, /)\n--\n\n"
+    "Unpack a 64-byte read command: (namespace_id, starting_lba, blocks, dest_bar1_ptr).\n\n"
+    "Raises ValueError for what encode_nvme_read_sqe can't have made.\n\n"
+    ">>> decode_nvme_read_sqe(encode_nvme_read_sqe(1, 8, 2, 4096))\n"
+    "(1, 8, 2, 4096)\n");
 
 PyDoc_STRVAR(kernel_command_doc,
              "_kernel_command($module, command, lba_size, /)\n--\n\n"
              "The struct nvme_uring_cmd, 72 bytes, that a ring sends for a 64-byte command.\n");
 
 static PyMethodDef methods[] = {
-    {"encode_nvme_read_sqe", (PyCFunction)(void (*)(void))encode_one,
-     METH_FASTCALL | METH_KEYWORDS, encode_one_doc},
+    {"encode_nvme_read_sqe", (PyCFunction)(void (*)(void))encode_one, METH_FASTCALL | METH_KEYWORDS,
+     encode_one_doc},
     {"encode_nvme_read_sqes", (PyCFunction)(void (*)(void))encode_many,
      METH_FASTCALL | METH_KEYWORDS, encode_many_doc},
     {"decode_nvme_read_sqe", decode_one, METH_O, decode_one_doc},
@@ -559,8 +560,8 @@ module_exec(PyObject *module)
 
 static PyModuleDef_Slot slots[] = {
     {Py_mod_exec, module_exec},
-    SLOT_PER_INTERPRETER_GIL
-    SLOT_NO_GIL
+    SLOT_PER_INTERPRETER_GIL,
+    SLOT_NO_GIL,
     {0, NULL},
 };
 

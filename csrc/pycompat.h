@@ -9,18 +9,19 @@
 #error "gdsdirect needs CPython 3.11 or later"
 #endif
 
-/* Module slots that say what a module's own locks allow. */
+/* Module slots that say what a module's own locks allow: its last two, in this order. Where CPython
+ * does not know one, the slots end there. */
 #if PY_VERSION_HEX >= 0x030C0000
 #define SLOT_PER_INTERPRETER_GIL \
-    {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED},
+    {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED}
 #else
-#define SLOT_PER_INTERPRETER_GIL
+#define SLOT_PER_INTERPRETER_GIL {0, NULL}
 #endif
 
 #if PY_VERSION_HEX >= 0x030D0000
-#define SLOT_NO_GIL {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#define SLOT_NO_GIL {Py_mod_gil, Py_MOD_GIL_NOT_USED}
 #else
-#define SLOT_NO_GIL
+#define SLOT_NO_GIL {0, NULL}
 #endif
 
 #if PY_VERSION_HEX < 0x030D0000

@@ -218,8 +218,7 @@ ring_wait_locked(Ring *self, unsigned awaits, int64_t deadline)
 {
     int result;
     Py_BEGIN_ALLOW_THREADS
-    result = self->has_leader ? follow_locked(self, deadline)
-                              : lead_locked(self, awaits, deadline);
+    result = self->has_leader ? follow_locked(self, deadline) : lead_locked(self, awaits, deadline);
     pthread_mutex_unlock(&self->lock);
     Py_END_ALLOW_THREADS
 

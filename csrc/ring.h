@@ -29,7 +29,7 @@
 /* How a `_locked` function ended; above 0: an errno of the system call in `failed_call`. */
 enum {
     DONE = 0,
-    RAISED = -1,       /* by a signal handler: the exception is set */
+    RAISED = -1, /* by a signal handler: the exception is set */
     STREAM_CLOSED = -2,
     SOURCE_IS_CLOSED = -3,
     NO_MEMORY = -4,
@@ -57,8 +57,8 @@ typedef struct {
     uint32_t registered; /* buffers registered with the kernel, each of 1 GiB but the last; or 0 */
     int register_errno;  /* why there are none */
     _Atomic uint32_t registered_most; /* bytes of a passthrough command that goes into one */
-    bool registers_files; /* the ring has a table of REGISTERED_FILES files */
-    unsigned enter_flags; /* IORING_ENTER_REGISTERED_RING, or 0 */
+    bool registers_files;             /* the ring has a table of REGISTERED_FILES files */
+    unsigned enter_flags;             /* IORING_ENTER_REGISTERED_RING, or 0 */
     unsigned setup_flags;
     pthread_t owner_thread; /* the one that may call, with single_thread */
     char *fork_mark;        /* a page that holds 1, and 0 in a child after fork */

@@ -123,7 +123,8 @@ static PyObject *
 source_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"fd",       "path",         "nsid",          "lba_size",
-                            "capacity", "max_transfer", "safe_transfer", "metadata_size", NULL};
+                            "capacity", "max_transfer", "safe_transfer", "metadata_size",
+                            NULL};
     int fd;
     PyObject *path;
     unsigned int nsid = 0, lba_size = 0, metadata_size = 0;

@@ -40,7 +40,7 @@ struct batch {
     size_t count;
     size_t sent;
     uint64_t first_user_data;
-    int failed; /* errno of NO_DESCRIPTOR */
+    int failed;             /* errno of NO_DESCRIPTOR */
     struct command few[64]; /* saves an allocation */
 };
 
@@ -520,9 +520,9 @@ struct bounds {
     struct aliases *exposed;  /* where to look whether the command's is; NULL: none is */
 };
 
-#define ALIAS_IN_USE                                                                               \
-    "dest_bar1_ptr, cut to 32 bits, is the address of other memory of this process, which Linux "  \
-    "could overwrite instead when a worker thread of its own sends the command: use another "      \
+#define ALIAS_IN_USE \
+    "dest_bar1_ptr, cut to 32 bits, is the address of other memory of this process, which Linux " \
+    "could overwrite instead when a worker thread of its own sends the command: use another " \
     "buffer, or one that is registered"
 
 /* The registered buffer that holds all of the range, or NOT_REGISTERED. */
@@ -651,9 +651,8 @@ check_commands(const Ring *self, struct batch *batch, const Py_buffer *wire)
         struct nvme_read read;
         const char *wrong;
         if (!check_command(&bounds, bytes + i * WIRE_BYTES, &batch->commands[i], &read, &wrong)) {
-            return wrong != NULL
-                       ? (PyErr_Format(PyExc_ValueError, "command %zu: %s", i, wrong), -1)
-                       : refuse(self, batch->source, (Py_ssize_t)i, &read);
+            return wrong != NULL ? (PyErr_Format(PyExc_ValueError, "command %zu: %s", i, wrong), -1)
+                                 : refuse(self, batch->source, (Py_ssize_t)i, &read);
         }
     }
     return 0;
@@ -822,8 +821,8 @@ ring_submit_nvme_passthroughs(Ring *self, PyObject *args, PyObject *kwargs)
     }
     int failed = 0;
     while (filled < n && !failed) {
-        failed = passthrough_batch_of(self, &batches[filled], PyTuple_GET_ITEM(pairs, filled),
-                                      filled);
+        failed =
+            passthrough_batch_of(self, &batches[filled], PyTuple_GET_ITEM(pairs, filled), filled);
         filled++;
     }
     if (!failed && send_batches(self, batches, (size_t)n, user_data) == 0) {
@@ -933,8 +932,8 @@ refuse_fixed(Ring *self)
                         "registers no more in one piece: split the read there");
         return -1;
     }
-    PyObject *error = PyObject_CallMethod((PyObject *)self, "_registration_error", "i",
-                                          self->register_errno);
+    PyObject *error =
+        PyObject_CallMethod((PyObject *)self, "_registration_error", "i", self->register_errno);
     if (error != NULL) {
         PyErr_SetObject((PyObject *)Py_TYPE(error), error);
         Py_DECREF(error);
@@ -982,8 +981,7 @@ send_file_reads(Ring *self, struct batch *batch, PyObject *file, bool fixed, PyO
 static PyObject *
 submit_file_read(Ring *self, PyObject *args, PyObject *kwargs, bool fixed)
 {
-    static char *names[] = {"file",      "file_offset", "nbytes", "target_offset",
-                            "user_data", NULL};
+    static char *names[] = {"file", "file_offset", "nbytes", "target_offset", "user_data", NULL};
     PyObject *file, *file_offset, *nbytes, *target_offset, *user_data = NULL, *token = NULL;
     struct batch batch = {.commands = batch.few, .count = 1};
 
@@ -1103,8 +1101,7 @@ check_array_reads(const Ring *self, const struct read_arrays *arrays, struct bat
 static PyObject *
 submit_file_reads(Ring *self, PyObject *args, PyObject *kwargs, bool fixed)
 {
-    static char *names[] = {"file",      "file_offsets", "nbytes", "target_offsets",
-                            "user_data", NULL};
+    static char *names[] = {"file", "file_offsets", "nbytes", "target_offsets", "user_data", NULL};
     PyObject *file, *file_offsets, *nbytes, *target_offsets, *user_data = NULL, *tokens = NULL;
     struct read_arrays arrays = {0};
     struct batch batch;

@@ -11,7 +11,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#define MOST_DEPTH 32768           /* IORING_MAX_ENTRIES */
+#define MOST_DEPTH 32768             /* IORING_MAX_ENTRIES */
 #define REGISTERED_BYTES (1ul << 30) /* of one registered buffer at most (io_uring/rsrc.c) */
 #define CANCEL_GRACE INT64_C(1000000000)
 
@@ -259,8 +259,8 @@ ring_alloc(PyTypeObject *type, struct module_state *module, PyObject *buffer)
 static PyObject *
 ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"buffer", "depth",  "single_thread", "sqpoll",
-                            "iopoll", "register", NULL};
+    static char *names[] = {"buffer",   "depth", "single_thread", "sqpoll", "iopoll",
+                            "register", NULL};
     PyObject *module = PyType_GetModuleByDef(type, &gdsdirect_uring_cmd_module);
     PyObject *buffer, *registering = Py_None;
     Py_ssize_t depth = 128;
@@ -287,11 +287,10 @@ ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (self == NULL) {
         return NULL;
     }
-    self->setup_flags =
-        (single_thread ? IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
-                             IORING_SETUP_TASKRUN_FLAG
-                       : 0) |
-        (sqpoll ? IORING_SETUP_SQPOLL : 0) | (iopoll ? IORING_SETUP_IOPOLL : 0);
+    self->setup_flags = (single_thread ? IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
+                                             IORING_SETUP_TASKRUN_FLAG
+                                       : 0) |
+                        (sqpoll ? IORING_SETUP_SQPOLL : 0) | (iopoll ? IORING_SETUP_IOPOLL : 0);
     int failed = open_ring(self, (uint32_t)depth);
     const char *call = "io_uring_setup";
     if (failed == 0) {
@@ -426,7 +425,8 @@ ring_close(Ring *self, PyObject *args, PyObject *kwargs)
     if (result == ETIME) {
         return PyErr_Format(PyExc_TimeoutError,
                             "%u commands are still in flight and can't be cancelled: the stream "
-                            "takes no more, call close() again to wait for them", left);
+                            "takes no more, call close() again to wait for them",
+                            left);
     }
     if (result != DONE) {
         return ring_raise(result, "io_uring_enter");
@@ -460,11 +460,12 @@ ring_finalize(Ring *self)
     ring_reap_locked(self);
     uint32_t left = inflight_count(&self->table);
     ring_unlock(self);
-    int failed =
-        left == 0 ? PyErr_ResourceWarning((PyObject *)self, 1, "unclosed stream %R", self)
-                  : PyErr_ResourceWarning((PyObject *)self, 1,
-                                          "stream collected with %u commands in flight: its "
-                                          "memory is never freed; close() it", left);
+    int failed = left == 0
+                     ? PyErr_ResourceWarning((PyObject *)self, 1, "unclosed stream %R", self)
+                     : PyErr_ResourceWarning((PyObject *)self, 1,
+                                             "stream collected with %u commands in flight: its "
+                                             "memory is never freed; close() it",
+                                             left);
     if (failed) {
         PyErr_WriteUnraisable((PyObject *)self);
     }
@@ -556,8 +557,7 @@ open_events_locked(Ring *self)
     }
     const int event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     const int epoll = epoll_create1(EPOLL_CLOEXEC);
-    if (event < 0 || epoll < 0 ||
-        epoll_ctl(epoll, EPOLL_CTL_ADD, event, &readable) < 0 ||
+    if (event < 0 || epoll < 0 || epoll_ctl(epoll, EPOLL_CTL_ADD, event, &readable) < 0 ||
         epoll_ctl(epoll, EPOLL_CTL_ADD, arrivals, &readable) < 0) {
         const int failed = errno;
         if (event >= 0) {
@@ -676,10 +676,10 @@ ring_counters(Ring *self, PyObject *Py_UNUSED(ignored))
     PyObject *ways = PyTuple_New(WAYS);
     for (int i = 0; ways != NULL && i < WAYS; i++) {
         const struct counters *way = &counters[i];
-        PyObject *item = Py_BuildValue(
-            "(KKKKK)", (unsigned long long)way->submitted, (unsigned long long)way->registered,
-            (unsigned long long)way->completed, (unsigned long long)way->failed,
-            (unsigned long long)way->nbytes);
+        PyObject *item =
+            Py_BuildValue("(KKKKK)", (unsigned long long)way->submitted,
+                          (unsigned long long)way->registered, (unsigned long long)way->completed,
+                          (unsigned long long)way->failed, (unsigned long long)way->nbytes);
         if (item == NULL) {
             Py_CLEAR(ways);
             break;
@@ -807,9 +807,10 @@ PyDoc_STRVAR(
     "(seconds) has passed, what can be cancelled is cancelled; TimeoutError if commands are in\n"
     "flight even then: the memory stays held, and close() can be called again.\n");
 
-PyDoc_STRVAR(fileno_doc,
-             "fileno($self, /)\n--\n\n"
-             "A descriptor that is readable while completions wait, for select, poll and asyncio.\n");
+PyDoc_STRVAR(
+    fileno_doc,
+    "fileno($self, /)\n--\n\n"
+    "A descriptor that is readable while completions wait, for select, poll and asyncio.\n");
 
 static PyMethodDef ring_methods[] = {
     {"submit_nvme_passthrough", KEYWORDS(ring_submit_nvme_passthrough),
@@ -847,8 +848,8 @@ static PyType_Slot ring_slots[] = {
 PyType_Spec gdsdirect_ring_spec = {
     .name = "gdsdirect._uring_cmd.Ring",
     .basicsize = sizeof(Ring),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC |
-             Py_TPFLAGS_IMMUTABLETYPE,
+    .flags =
+        Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
     .slots = ring_slots,
 };
 
@@ -930,8 +931,8 @@ static PyMethodDef module_methods[] = {
 
 static PyModuleDef_Slot module_slots[] = {
     {Py_mod_exec, module_exec},
-    SLOT_PER_INTERPRETER_GIL
-    SLOT_NO_GIL
+    SLOT_PER_INTERPRETER_GIL,
+    SLOT_NO_GIL,
     {0, NULL},
 };
 
