@@ -6,6 +6,7 @@ from typing_extensions import Buffer
 _B = TypeVar("_B", bound=Buffer)
 
 NVME_CMD_READ: Final = 2
+"""The opcode of an NVMe read command."""
 
 def encode_nvme_read_sqe(
     namespace_id: SupportsIndex,

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum, StrEnum
+from typing import Any
 
 from gdsdirect.stream import DataPath
+
+SCHEMA_VERSION = 1
+"""Of `Survey.to_dict`; it changes when a field goes or changes its meaning."""
 
 
 class Status(StrEnum):
@@ -114,3 +118,59 @@ class PathReport:
     what: str
     checks: tuple[Check, ...]
     verdicts: tuple[Verdict, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What was found.
+
+    `checks` are the facts of the host, `paths` what was asked about (where nothing was: every NVMe
+    namespace, and one of gdsdirect's own files), with facts and verdicts of their own. `verdicts`
+    has for each way, into each kind of memory, the best of these. `verify` tells whether reads were
+    tried, and `asked` whether paths were given.
+    """
+
+    checks: tuple[Check, ...]
+    verdicts: tuple[Verdict, ...]
+    paths: tuple[PathReport, ...]
+    verify: bool
+    asked: bool
+
+    @property
+    def exit_code(self) -> int:
+        """0 if a direct way is open, 1 if only others are, 2 if none is; for the worst path asked.
+
+        Direct is what leads into peer memory or a GPU's, with no copy after it.
+        """
+        if not self.asked:
+            return _exit_code(self.verdicts)
+        return max(_exit_code(report.verdicts) for report in self.paths)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON values, as `gdsdirect check --json` prints: see survey.schema.json."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "verify": self.verify,
+            "exit_code": self.exit_code,
+            "verdicts": [_plain(verdict) for verdict in self.verdicts],
+            "paths": [_plain(report) for report in self.paths],
+            "checks": [_plain(check) for check in self.checks],
+        }
+
+
+def _exit_code(verdicts: tuple[Verdict, ...]) -> int:
+    opened = [verdict for verdict in verdicts if verdict.open]
+    if any(verdict.direct for verdict in opened):
+        return 0
+    return 1 if opened else 2
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: dataclasses as objects, members of enumerations by their value."""
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 from gdsdirect.errors import call_error, ring_module
 from gdsdirect.sysfs import Device, NvmeNamespaceNodes, Sysfs
@@ -86,8 +87,7 @@ class Geometry:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class BlockFormat:
+class BlockFormat(NamedTuple):
     """How a namespace is formatted.
 
     `lba_size` and `metadata_size` are bytes a block, `capacity` is the number of blocks.

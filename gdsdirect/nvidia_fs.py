@@ -32,26 +32,22 @@ _ON_OR_OFF = r"(Enabled|Disabled)"
 
 # The lines with one value, by what stands before their first colon, and how that value is written.
 _VALUES = {
-    label: re.compile(pattern, re.ASCII)
-    for label, pattern in {
-        "GDS Version": r"([\w.:+~-]+)",
-        "NVFS statistics(ver": rf"({_VERSION})\)",
-        "NVFS Driver(version": rf"({_VERSION})\)",
-        "Mellanox PeerDirect Supported": r"(True|False)",
-        "IO stats": rf"{_ON_OR_OFF}, peer IO stats: {_ON_OR_OFF}",
-        "Logging level": r"(\w+)",
-        "Active Shadow-Buffer (MiB)": rf"({_NUMBER})",
-        "Active Process": rf"({_NUMBER})",
-    }.items()
+    "GDS Version": r"([\w.:+~-]+)",
+    "NVFS statistics(ver": rf"({_VERSION})\)",
+    "NVFS Driver(version": rf"({_VERSION})\)",
+    "Mellanox PeerDirect Supported": r"(True|False)",
+    "IO stats": rf"{_ON_OR_OFF}, peer IO stats: {_ON_OR_OFF}",
+    "Logging level": r"(\w+)",
+    "Active Shadow-Buffer (MiB)": rf"({_NUMBER})",
+    "Active Process": rf"({_NUMBER})",
 }
-_LABEL = re.compile(r"[A-Za-z][\w ./-]*", re.ASCII)
-_PAIR = re.compile(rf"([A-Za-z][\w()%/.-]*)=({_NUMBER})(\.[0-9]{{1,20}})?", re.ASCII)
-_GPU = re.compile(
-    r"GPU\s+([0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7])"
-    r"\s+uuid:([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\s*:(.*)",
-    re.ASCII | re.IGNORECASE | re.DOTALL,
+_LABEL = r"[A-Za-z][\w ./-]*"
+_PAIR = rf"([A-Za-z][\w()%/.-]*)=({_NUMBER})(\.[0-9]{{1,20}})?"
+_GPU = (
+    r"(?is)GPU\s+([0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7])"
+    r"\s+uuid:([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\s*:(.*)"
 )
-_MODULE = re.compile(r"[\w.-]+", re.ASCII)
+_MODULE = r"[\w.-]+"
 
 _ERROR_LABEL = "Error"
 _ERROR_KEYS = frozenset({"err", "io_state_err", "pg-cache-fail", "pg-cache-eio"})
@@ -187,18 +183,23 @@ def parse_nvidia_fs_modules(text: str) -> dict[str, str]:
     modules: dict[str, str] = {}
     for line in text.split("\n"):
         name, _, version = (part.strip() for part in line.partition(":"))
-        if version and _MODULE.fullmatch(name):
+        if version and _match(_MODULE, name):
             modules.setdefault(name, version)
     return modules
 
 
+def _match(pattern: str, text: str) -> re.Match[str] | None:
+    """Compiled when it is first needed, and not at import."""
+    return re.fullmatch(pattern, text, re.ASCII)
+
+
 def _take_value(values: dict[str, tuple[str, ...]], label: str, text: str) -> bool:
-    match = _VALUES[label].fullmatch(" ".join(text.split()))
+    match = _match(_VALUES[label], " ".join(text.split()))
     return match is not None and values.setdefault(label, match.groups()) == match.groups()
 
 
 def _take_gpu(gpus: list[NvidiaFsGpu], line: str) -> bool:
-    match = _GPU.fullmatch(line)
+    match = _match(_GPU, line)
     values = _pairs(match[3]) if match else None
     if match is None or values is None:
         return False
@@ -207,7 +208,7 @@ def _take_gpu(gpus: list[NvidiaFsGpu], line: str) -> bool:
 
 
 def _take_counters(counters: dict[str, dict[str, int | float]], label: str, text: str) -> bool:
-    pairs = _pairs(text) if _LABEL.fullmatch(label) else None
+    pairs = _pairs(text) if _match(_LABEL, label) else None
     if pairs is None:
         return False
     # With IO stats on, "Reads" and "Writes" have two lines each.
@@ -223,7 +224,7 @@ def _pairs(text: str) -> dict[str, int | float] | None:
     """The key=number pairs that `text` consists of; None: there is anything else, or nothing."""
     pairs: dict[str, int | float] = {}
     for word in text.split():
-        match = _PAIR.fullmatch(word)
+        match = _match(_PAIR, word)
         if match is None:
             return None
         key, whole, fraction = match.groups()

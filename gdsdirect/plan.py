@@ -31,8 +31,7 @@ class Bounced(NamedTuple):
     wanted: Range
 
 
-@dataclass(frozen=True)
-class Rules:
+class Rules(NamedTuple):
     """What reads are held to, in bytes.
 
     Offsets and sizes are multiples of `alignment`, addresses of `memory_alignment`, which is no

@@ -8,8 +8,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import TextIO
 
-from gdsdirect.check import Check, Status, Verdict
-from gdsdirect.survey import Survey
+from gdsdirect.check import Check, Status, Survey, Verdict
 
 _WIDTH = 100  # columns at most, which are easier to read than a wide terminal's
 _COLOURS = {"good": "32", "fair": "33", "bad": "31", "title": "1", "quiet": "2"}

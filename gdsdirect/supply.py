@@ -7,7 +7,6 @@ import os
 from array import array
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,6 +18,8 @@ from gdsdirect.stream import DataPath
 from gdsdirect.transfer import PIECE, Transfer, to_the_end
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor, Future
+
     from gdsdirect._uring_cmd import Source
 
 GRAIN = 4096  # bytes; slots begin and end at multiples of it, as almost all direct reads may
@@ -114,6 +115,8 @@ class CopyLoad:
         return self._future.result()
 
     def finish(self) -> None:
+        from concurrent.futures import wait
+
         wait((self._future,))
 
     async def finish_async(self) -> None:
@@ -123,7 +126,7 @@ class CopyLoad:
 
     def close(self) -> None:
         if not self._future.cancel():
-            wait((self._future,))
+            self.finish()
 
 
 class Supply(Protocol):
@@ -257,6 +260,9 @@ class ManyFiles:
         *,
         direct: bool,
     ) -> None:
+        # Not at import time: with its logging it takes as long as all that is gdsdirect's own.
+        from concurrent.futures import ThreadPoolExecutor
+
         self._paths = map(os.fsdecode, paths)
         self._chunk_size = chunk_size
         self._require = require

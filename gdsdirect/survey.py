@@ -4,58 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, is_dataclass
-from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from gdsdirect.check import Check, PathReport, Target, Verdict
 from gdsdirect.stream import DataPath
-from gdsdirect.sysfs import Sysfs
 
 if TYPE_CHECKING:
+    from gdsdirect.check import PathReport, Survey, Target, Verdict
     from gdsdirect.checks.nvme import Drive
     from gdsdirect.host import Host
-
-SCHEMA_VERSION = 1
-"""Of `Survey.to_dict`; it changes when a field goes or changes its meaning."""
-
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """What was found.
-
-    `checks` are the facts of the host, `paths` what was asked about (where nothing was: every NVMe
-    namespace, and one of gdsdirect's own files), with facts and verdicts of their own. `verdicts`
-    has for each way, into each kind of memory, the best of these. `verify` tells whether reads were
-    tried, and `asked` whether paths were given.
-    """
-
-    checks: tuple[Check, ...]
-    verdicts: tuple[Verdict, ...]
-    paths: tuple[PathReport, ...]
-    verify: bool
-    asked: bool
-
-    @property
-    def exit_code(self) -> int:
-        """0 if a direct way is open, 1 if only others are, 2 if none is; for the worst path asked.
-
-        Direct is what leads into peer memory or a GPU's, with no copy after it.
-        """
-        if not self.asked:
-            return _exit_code(self.verdicts)
-        return max(_exit_code(report.verdicts) for report in self.paths)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON values, as `gdsdirect check --json` prints: see survey.schema.json."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "verify": self.verify,
-            "exit_code": self.exit_code,
-            "verdicts": [_plain(verdict) for verdict in self.verdicts],
-            "paths": [_plain(report) for report in self.paths],
-            "checks": [_plain(check) for check in self.checks],
-        }
 
 
 def survey(
@@ -72,6 +28,7 @@ def survey(
     (2, 'character device null')
     """
     from gdsdirect.host import Host
+    from gdsdirect.sysfs import Sysfs
 
     return survey_host(Host(Sysfs()), [os.fsdecode(path) for path in paths], verify)
 
@@ -79,6 +36,7 @@ def survey(
 def survey_host(host: Host, paths: Iterable[str], verify: bool) -> Survey:
     """The same of any host, such as a recorded one."""
     # Not at import time: it is much code, and most programs never ask.
+    from gdsdirect.check import PathReport, Survey
     from gdsdirect.checks import environment, kernel, nvidia, nvme, peer
     from gdsdirect.checks.paths import PathFacts, describe
     from gdsdirect.ways import HostFacts, judge
@@ -131,21 +89,3 @@ def _best(reports: tuple[PathReport, ...]) -> tuple[Verdict, ...]:
 
 def _promise(verdict: Verdict) -> tuple[bool, bool, int]:
     return verdict.verified, verdict.open, -len(verdict.closed_by)
-
-
-def _exit_code(verdicts: tuple[Verdict, ...]) -> int:
-    opened = [verdict for verdict in verdicts if verdict.open]
-    if any(verdict.direct for verdict in opened):
-        return 0
-    return 1 if opened else 2
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it: dataclasses as objects, members of enumerations by their value."""
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gdsdirect.probe import read_bounded
 
@@ -22,10 +23,11 @@ _P2PDMA_OPTION, _P2PDMA_SYMBOL = "CONFIG_PCI_P2PDMA", "pci_p2pdma_add_resource"
 
 # Kernel names: nvme_init_ctrl, nvme_alloc_ns and nvme_add_ns_cdev in drivers/nvme/host/core.c. A
 # multipath namespace's hidden paths, nvmeXcYnZ, are not matched.
-_CONTROLLER = re.compile(r"nvme\d+")
-_DISK = re.compile(r"nvme\d+n(\d+)")
-_GENERIC = re.compile(r"ng\d+n(\d+)")
-_PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
+# Compiled when they are first needed, and not at import.
+_CONTROLLER = r"nvme\d+"
+_DISK = r"nvme\d+n(\d+)"
+_GENERIC = r"ng\d+n(\d+)"
+_PCI_ADDRESS = r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]"
 
 # PCI Express Base Specification 5.0, 7.7.8, "Access Control Services Extended Capability".
 _EXTENDED_CAPABILITIES = 0x100  # where they begin in the configuration space
@@ -34,8 +36,7 @@ _ACS_CONTROL = 6  # offset of the control register
 _ACS_REDIRECTS = 0x04 | 0x08 | 0x20  # P2P request and completion redirect, egress control
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
+class Device(NamedTuple):
     """A device node's place in sysfs.
 
     `directory` is its sysfs directory, `name` the kernel's name for it ("nvme0n1"), `subsystem` the
@@ -55,8 +56,7 @@ class Device:
         return os.path.dirname(self.directory)
 
 
-@dataclass(frozen=True, slots=True)
-class NvmeNamespaceNodes:
+class NvmeNamespaceNodes(NamedTuple):
     """The two faces of one NVMe namespace, and the controllers that reach it.
 
     `generic` is the name of its generic character device ("ng0n1"; None before Linux 5.13, or
@@ -71,8 +71,7 @@ class NvmeNamespaceNodes:
     controllers: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class PeerMemoryProvider:
+class PeerMemoryProvider(NamedTuple):
     """A PCI device that lends memory to other devices (P2PDMA).
 
     `address` is its PCI address ("0000:03:00.0"), `size` what it lends in all and `available` what
@@ -85,8 +84,7 @@ class PeerMemoryProvider:
     published: bool
 
 
-@dataclass(frozen=True, slots=True)
-class PciDevice:
+class PciDevice(NamedTuple):
     """A PCI device's place in the tree.
 
     `bridges` are the addresses of the bridges above it, the root port first, and `host_bridge` is
@@ -98,8 +96,7 @@ class PciDevice:
     bridges: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class KernelOption:
+class KernelOption(NamedTuple):
     """What tells whether the kernel was built with an option: a file, and its line as read.
 
     `enabled` is None where nothing tells.
@@ -110,8 +107,7 @@ class KernelOption:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
+class Mount(NamedTuple):
     """A line of /proc/self/mountinfo (proc(5)), as read in `line`."""
 
     number: str
@@ -242,7 +238,7 @@ class Sysfs:
         can count controllers and the other subsystems), so a namespace's two nodes are known by
         their common parent and their Y.
         """
-        match = _GENERIC.fullmatch(device.name) or _DISK.fullmatch(device.name)
+        match = re.fullmatch(_GENERIC, device.name) or re.fullmatch(_DISK, device.name)
         parent = self.device_at(device.parent)
         if match is None or parent is None:
             return None
@@ -253,7 +249,7 @@ class Sysfs:
             controllers = tuple(
                 self.resolve(parent.directory, name)
                 for name in self.entries(parent.directory)
-                if _CONTROLLER.fullmatch(name)
+                if re.fullmatch(_CONTROLLER, name)
             )
         else:
             return None
@@ -269,13 +265,13 @@ class Sysfs:
 
     def nvme_generic_names(self, controller: Device) -> tuple[str, ...]:
         """Names of the generic character devices of a controller's own namespaces ("ng0n1")."""
-        return tuple(n for n in self.entries(controller.directory) if _GENERIC.fullmatch(n))
+        return tuple(n for n in self.entries(controller.directory) if re.fullmatch(_GENERIC, n))
 
     def pci_device(self, address: str) -> PciDevice | None:
         """The PCI device with this address, or None where there is none."""
         directory = f"/sys/bus/pci/devices/{address}"
         place = self.resolve(directory)
-        if _PCI_ADDRESS.fullmatch(address) is None or place == directory:
+        if re.fullmatch(_PCI_ADDRESS, address) is None or place == directory:
             return None
         # /sys/devices/pci0000:00/<root port>/<switch's ports>/<device>. A device can have a host
         # bridge of its own below it (Intel VMD), so the last one counts.
@@ -359,9 +355,9 @@ class Sysfs:
                 providers.append(PeerMemoryProvider(address, size, available, published))
         return tuple(providers)
 
-    def _sibling(self, parent: Device, pattern: re.Pattern[str], instance: str) -> str | None:
+    def _sibling(self, parent: Device, pattern: str, instance: str) -> str | None:
         for name in self.entries(parent.directory):
-            match = pattern.fullmatch(name)
+            match = re.fullmatch(pattern, name)
             if match and match[1] == instance:
                 return name
         return None
