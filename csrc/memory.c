@@ -262,7 +262,7 @@ static PyGetSetDef memory_getset[] = {
     {"closed", (getter)memory_get_closed, NULL, "Whether close() was called.", NULL},
     {"_in_use", (getter)memory_get_in_use, NULL, "Whether it has views.", NULL},
     {"_exposed", (getter)memory_get_exposed, NULL, "Whether something is at its aliases.", NULL},
-    {NULL},
+    {0},
 };
 
 PyDoc_STRVAR(memory_close_doc,
@@ -273,7 +273,7 @@ PyDoc_STRVAR(memory_close_doc,
 static PyMethodDef memory_methods[] = {
     {"close", (PyCFunction)memory_close, METH_NOARGS, memory_close_doc},
     {"_part", (PyCFunction)memory_part, METH_VARARGS, NULL},
-    {NULL},
+    {0},
 };
 
 static PyType_Slot memory_slots[] = {

@@ -549,7 +549,7 @@ static PyMethodDef methods[] = {
     {"_locate", locate, METH_VARARGS, NULL},
     {"_survey", survey, METH_VARARGS, NULL},
     {"_kernel_command", kernel_command, METH_VARARGS, kernel_command_doc},
-    {NULL},
+    {0},
 };
 
 static int

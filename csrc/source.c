@@ -254,14 +254,14 @@ static PyGetSetDef source_getset[] = {
     {"path", (getter)source_get_path, NULL, "What messages call it.", NULL},
     {"nsid", (getter)source_get_nsid, NULL, "Namespace id; 0: not an NVMe namespace.", NULL},
     {"lba_size", (getter)source_get_lba_size, NULL, "Bytes of a block, or 0.", NULL},
-    {NULL},
+    {0},
 };
 
 static PyMethodDef source_methods[] = {
     {"close", (PyCFunction)source_close, METH_NOARGS,
      "Close the descriptor, as soon as no command in flight needs it."},
     {"fileno", (PyCFunction)source_fileno, METH_NOARGS, "The descriptor; ValueError once closed."},
-    {NULL},
+    {0},
 };
 
 static PyType_Slot source_slots[] = {

@@ -726,7 +726,7 @@ static PyGetSetDef ring_getset[] = {
      "Commands submitted whose completion was not handed out yet.", NULL},
     {"registered", (getter)ring_get_registered, NULL,
      "Whether the buffer is registered with the kernel.", NULL},
-    {NULL},
+    {0},
 };
 
 /* ---- Module ------------------------------------------------------------------------------ */
@@ -832,7 +832,7 @@ static PyMethodDef ring_methods[] = {
     {"_unwatch", (PyCFunction)ring_unwatch, METH_O, NULL},
     {"_look", (PyCFunction)ring_look, METH_NOARGS, NULL},
     {"_counters", (PyCFunction)ring_counters, METH_NOARGS, NULL},
-    {NULL},
+    {0},
 };
 
 static PyType_Slot ring_slots[] = {
@@ -926,7 +926,7 @@ static PyMethodDef module_methods[] = {
      "read_sources(memory, sources, sizes, targets) -> for each the bytes read, or -errno."},
     {"direct_alignment", gdsdirect_direct_alignment, METH_VARARGS,
      "direct_alignment(fd) -> (memory, offset): bytes that O_DIRECT wants multiples of; or None."},
-    {NULL},
+    {0},
 };
 
 static PyModuleDef_Slot module_slots[] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TREE = ("csrc", "gdsdirect", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md")
+TREE = ("csrc", "gdsdirect", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
 
 
 def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -43,13 +43,14 @@ def without_ring(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "installed"
 
 
-def run(package: Path, script: str) -> str:
+def run(package: Path, script: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(package)!r})\n{script}"],
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
+        env={**os.environ, **environment},
     )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
@@ -107,6 +108,7 @@ def test_without_liburing_the_build_names_the_package(
 
 
 def test_liburing_can_be_linked_into_it(tmp_path: Path) -> None:
+    """And then it is that one which is used, whatever liburing the process has besides."""
     done = build(tmp_path, GDSDIRECT_STATIC_LIBURING="1")
     assert done.returncode == 0, done.stderr
     (wheel,) = (tmp_path / "dist").glob("*.whl")
@@ -116,6 +118,13 @@ def test_liburing_can_be_linked_into_it(tmp_path: Path) -> None:
         ["readelf", "--dynamic", "--wide", extension], capture_output=True, text=True, check=True
     )
     assert "liburing" not in needed.stdout
+    (tmp_path / "other.c").write_text(
+        "#include <stdlib.h>\n"
+        "int io_uring_queue_init_params(void) { abort(); }\n"
+        "int io_uring_submit(void) { abort(); }\n"
+    )
+    other = tmp_path / "other.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", other, tmp_path / "other.c"], check=True)
     out = run(
         tmp_path / "installed",
         "from gdsdirect import *\n"
@@ -123,5 +132,6 @@ def test_liburing_can_be_linked_into_it(tmp_path: Path) -> None:
         "    with AsyncUringStream(buffer) as stream, open('/dev/zero') as file:\n"
         "        stream.submit_read(file, 0, 4096, 0)\n"
         "        print(stream.wait()[0].result())\n",
+        LD_PRELOAD=str(other),
     )
     assert out == "4096\n"
