@@ -267,7 +267,7 @@ class Bench:
             ),
             self._closed,
             self._refused,
-            failed,
+            {cell: failed[cell] for cell in self.cells if cell in failed},
         )
 
     def _round(self, cell: Cell, chance: random.Random) -> tuple[Round, bool]:

@@ -118,10 +118,21 @@ def parse_png(text: str) -> str:
     return text
 
 
+class _Version(argparse.Action):
+    """Looked for only when it is asked for, since that takes longer than the import."""
+
+    def __call__(self, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"gdsdirect {version('gdsdirect')}")
+        raise SystemExit(0)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gdsdirect", description="Reads NVMe into GPU-visible memory, and says the way taken."
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version, and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     ask = commands.add_parser(
         "probe",
@@ -177,7 +188,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.description = (
-        "Measure reads of SOURCE for each way, block size and number of reads in flight. It only "
+        "Measure reads of SOURCE for each way, block size and number of reads in flight: a second "
+        "for each in each of 3 rounds, if nothing else is said, and so a minute or two. It only "
         "reads. Exit code: 0 if something was measured, 1 if nothing was, 2 for wrong arguments."
     )
     add = bench.add_argument
@@ -448,7 +460,7 @@ def _drawing() -> Callable[[BinaryIO, Results], None]:
         from gdsdirect.bench_plot import draw
     except ImportError as error:
         raise RuntimeError(
-            f"--plot needs matplotlib ({error}): run `pip install gdsdirect[bench]`"
+            f"--plot needs matplotlib ({error}): run `pip install 'gdsdirect[bench]'`"
         ) from None
     return draw
 

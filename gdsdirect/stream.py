@@ -400,9 +400,9 @@ def _registration_error(number: int, buffer: GpuMappedBuffer) -> OSError:
         )
     elif number == errno.ENOMEM:
         why = (
-            f"registering {buffer.nbytes} bytes exceeds RLIMIT_MEMLOCK, "
-            f"{limit_text('RLIMIT_MEMLOCK')} bytes, or the memory there is: raise `ulimit -l`, or "
-            "use a smaller buffer"
+            f"registering {buffer.nbytes} bytes beside what this user has registered already "
+            f"exceeds RLIMIT_MEMLOCK, {limit_text('RLIMIT_MEMLOCK')} bytes, or the memory there "
+            "is: raise `ulimit -l`, or use a smaller buffer"
         )
     elif number in (errno.EFAULT, errno.EOPNOTSUPP):
         why = "peer memory and mapped files can't be pinned for good: use submit_read"

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,12 @@ def test_wrong_arguments(arguments: Sequence[str], text: str) -> None:
     done = gdsdirect(*arguments)
     assert done.returncode == 2
     assert text in done.stderr.decode()
+
+
+def test_version() -> None:
+    done = gdsdirect("--version")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode() == f"gdsdirect {version('gdsdirect')}\n"
 
 
 def test_a_reader_that_goes_away(data: Path) -> None:
