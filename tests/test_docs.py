@@ -22,6 +22,21 @@ def test_every_test_that_keeps_a_promise_exists() -> None:
     assert named - functions - set(files) == set()
 
 
+@pytest.mark.parametrize(
+    "page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda page: page.name
+)
+def test_what_a_page_names_is_there(page: Path) -> None:
+    """Links, and files of the repository in code."""
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    folders = "csrc|docs|gdsdirect|lab|tests|\\.github"
+    files = re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", text)
+    missing = [link for link in links if not (page.parent / link).exists()]
+    # The page of promises says of files that they are below tests/.
+    missing += [x for x in files if not ((ROOT / x).exists() or (ROOT / "tests" / x).exists())]
+    assert missing == []
+
+
 def test_the_example_of_striped_drives() -> None:
     """On /dev/null here; what a striped range brings is compared in tests/lab/test_reads.py."""
     page = (ROOT / "docs" / "performance.md").read_text()
