@@ -70,6 +70,7 @@ lint: $(ENVIRONMENT)/installed
 	$(ENVIRONMENT)/bin/ruff format --check .
 	$(ENVIRONMENT)/bin/clang-format --dry-run --Werror csrc/*.[ch] benchmarks/*.c
 	$(ENVIRONMENT)/bin/mypy
+	cd docs/examples && $(CURDIR)/$(ENVIRONMENT)/bin/python -P -m mypy --strict . # against what is installed
 	$(RUN) -m mypy.stubtest gdsdirect --ignore-unused-allowlist --allowlist tests/stubtest-allowlist.txt
 	rm -rf build/lib* build/temp*
 	CC=clang CFLAGS=-Werror $(ENVIRONMENT)/bin/pip wheel --quiet --no-deps --wheel-dir build/clang .
