@@ -13,7 +13,7 @@ RUN := $(ENVIRONMENT)/bin/python -P
 SOURCES := pyproject.toml setup.py README.md $(wildcard csrc/*) $(wildcard gdsdirect/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test sanitize fuzz bench lint coverage dist test-wheel wheels packages clean
+.PHONY: help demo test sanitize fuzz bench lint coverage dist test-wheel wheels packages forget clean
 
 help:
 	@echo "make demo                      read along every way there is, in a virtual machine, with proof"
@@ -36,7 +36,7 @@ demo: $(ENVIRONMENT)/installed
 	$(ENVIRONMENT)/bin/python -m lab.demo $(if $(DEVICE),--device $(DEVICE)) $(if $(PEER),--peer $(PEER))
 
 # In a fresh environment, and with a skip for want of anything but the kernel's own doing a failure.
-test: clean $(ENVIRONMENT)/installed
+test: forget $(ENVIRONMENT)/installed
 	GDSDIRECT_REQUIRE=lab $(RUN) -m pytest $(PYTEST)
 
 # AddressSanitizer must be the process's first library. Leaks are looked for by tests/test_leaks.py, since
@@ -129,8 +129,11 @@ wheels: .venv-dist/bin/pip
 .venv-dist/bin/pip: | packages
 	$(PYTHON) -m venv .venv-dist
 
-clean:
-	rm -rf $(ENVIRONMENT) .venv-sanitize .venv-coverage .venv-dist build dist *.egg-info
+forget:
+	rm -rf $(ENVIRONMENT) build *.egg-info
+
+clean: forget
+	rm -rf .venv-sanitize .venv-coverage .venv-dist dist
 
 # The wheel, in an environment of its own with the tools that tests need.
 $(ENVIRONMENT)/installed: $(SOURCES) | packages
