@@ -12,6 +12,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "dioalign.h"
+
 #define PAGE 4096
 
 /* Each answer is 0 or an errno. */
@@ -156,5 +158,6 @@ gdsdirect_direct_alignment(PyObject *Py_UNUSED(module), PyObject *args)
     if (!(info.stx_mask & STATX_DIOALIGN)) {
         Py_RETURN_NONE;
     }
-    return Py_BuildValue("(II)", info.stx_dio_mem_align, info.stx_dio_offset_align);
+    const struct dioalign found = dioalign_of(&info);
+    return Py_BuildValue("(II)", found.memory, found.offset);
 }

@@ -11,6 +11,7 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
+#include "dioalign.h"
 #include "nvme_abi.h"
 
 /* ---- The descriptor ---------------------------------------------------------------------- */
@@ -97,7 +98,7 @@ reads_directly(int fd, int flags)
         !S_ISREG(file.stx_mode)) {
         return true;
     }
-    if (file.stx_mask & STATX_DIOALIGN && file.stx_dio_offset_align == 0) {
+    if (file.stx_mask & STATX_DIOALIGN && dioalign_of(&file).offset == 0) {
         return false;
     }
     return fstatfs(fd, &system) < 0 ||
