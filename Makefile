@@ -10,7 +10,7 @@ BENCH_PACKAGES := fio
 
 ENVIRONMENT := .venv
 RUN := $(ENVIRONMENT)/bin/python -P
-SOURCES := pyproject.toml setup.py README.md $(wildcard csrc/*) $(wildcard gdsdirect/*)
+SOURCES := pyproject.toml setup.py README.md $(wildcard csrc/*) $(wildcard gdsdirect/* gdsdirect/*/*)
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test sanitize fuzz bench lint coverage dist test-wheel wheels packages forget clean

@@ -244,8 +244,8 @@ gdsdirect_take_dlpack(PyObject *Py_UNUSED(module), PyObject *capsule)
 {
     const bool versioned = PyCapsule_IsValid(capsule, VERSIONED);
     if (!versioned && !PyCapsule_IsValid(capsule, PLAIN)) {
-        return PyErr_Format(PyExc_TypeError, "%R is no DLPack capsule, or one that was taken already",
-                            capsule);
+        return PyErr_Format(PyExc_TypeError,
+                            "%R is no DLPack capsule, or one that was taken already", capsule);
     }
     void *managed = PyCapsule_GetPointer(capsule, versioned ? VERSIONED : PLAIN);
     const struct managed_versioned *known = versioned ? managed : NULL;
@@ -257,7 +257,8 @@ gdsdirect_take_dlpack(PyObject *Py_UNUSED(module), PyObject *capsule)
     bool contiguous;
     const int64_t nbytes = measure_tensor(tensor, &contiguous);
     if (nbytes < 0) {
-        PyErr_SetString(PyExc_BufferError, "a DLPack tensor of no whole number of bytes, or too many");
+        PyErr_SetString(PyExc_BufferError,
+                        "a DLPack tensor of no whole number of bytes, or too many");
         return NULL;
     }
     PyObject *keeper = PyCapsule_New(managed, KEPT, NULL);
