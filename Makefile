@@ -13,12 +13,13 @@ RUN := $(ENVIRONMENT)/bin/python -P
 SOURCES := pyproject.toml setup.py README.md $(wildcard csrc/*) $(wildcard gdsdirect/* gdsdirect/*/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test sanitize fuzz bench lint coverage dist test-wheel wheels packages forget clean
+.PHONY: help demo test test-gpu sanitize fuzz bench lint coverage dist test-wheel wheels packages forget clean
 
 help:
 	@echo "make demo                      read along every way there is, in a virtual machine, with proof"
 	@echo "make demo DEVICE=/dev/ng0n1    the same on a drive of this machine, read-only [PEER=PATH]"
 	@echo "make test                      build, install and test the package, here and on three kernels"
+	@echo "make test-gpu                  the tests that need a GPU of NVIDIA's [CUPY=cupy-cuda13x]"
 	@echo "make sanitize                  the same tests of the ring under ASan and UBSan, and with debug allocators"
 	@echo "make fuzz FUZZ_SECONDS=60      random commands against the rules, on /dev/null"
 	@echo "make bench                     time and IOPS beside C loops, other packages and fio [ROUNDS=30]"
@@ -38,6 +39,12 @@ demo: $(ENVIRONMENT)/installed
 # In a fresh environment, and with a skip for want of anything but the kernel's own doing a failure.
 test: forget $(ENVIRONMENT)/installed
 	GDSDIRECT_REQUIRE=lab $(RUN) -m pytest $(PYTEST)
+
+# Not run where the package is made: what it has shown so far is in docs/gpu.md.
+CUPY ?= cupy-cuda12x
+test-gpu: $(ENVIRONMENT)/installed
+	$(ENVIRONMENT)/bin/pip install --quiet --prefer-binary torch $(CUPY) "gdsdirect[cuda] @ file://$$(echo $(CURDIR)/build/wheel/*.whl)"
+	GDSDIRECT_REQUIRE=gpu $(RUN) -m pytest -m gpu tests/gpu $(PYTEST)
 
 # AddressSanitizer must be the process's first library. Leaks are looked for by tests/test_leaks.py, since
 # CPython itself leaves memory at its end.

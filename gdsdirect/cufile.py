@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import importlib
 import os
 import threading
@@ -43,13 +42,31 @@ def _module() -> Any:
         raise RefusedError(f"cuda.bindings.cufile can't be loaded ({error})") from None
 
 
-@functools.cache
-def obstacle() -> str | None:
-    """What stands in the way of cuFile on this host; None: its driver is open, without copies.
+class Library:
+    """cuFile in this process."""
 
-    Opened at the first call, once a process, and only where the facts allow it: that takes a
-    tenth of a second. It stays open until the process ends.
-    """
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asked = False
+        self._obstacle: str | None = None
+
+    def obstacle(self) -> str | None:
+        """What stands in its way on this host; None: its driver is open, and makes no copies.
+
+        Opened at the first call, once a process, and only where the facts allow it: that takes a
+        tenth of a second. It stays open until the process ends.
+        """
+        with self._lock:
+            if not self._asked:
+                self._obstacle = _obstacle()
+                self._asked = True
+            return self._obstacle
+
+
+library = Library()
+
+
+def _obstacle() -> str | None:
     nvidia = find_nvidia(Host(Sysfs()))
     closing = {mode: nvidia.closed_by(mode) for mode in (Nvidia.P2PDMA, Nvidia.NVIDIA_FS)}
     if all(closing.values()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import threading
 from collections.abc import Collection
 from typing import TYPE_CHECKING
@@ -64,7 +63,7 @@ class Pool:
         """They are in use until the event; so is `memory`, which is kept as long."""
         with self._lock:
             self._busy.append((until, slots, memory))
-        _watch_the_end()
+        _pools.watch_the_end()
 
     def lose(self, slots: Slots, memory: DeviceMemory) -> None:
         """Nobody can tell whether they are in use: they stay, as does `memory`."""
@@ -93,29 +92,36 @@ class Pool:
                     until.synchronize()
 
 
-_pools: dict[int, Pool] = {}
-_pools_lock = threading.Lock()
+class Pools:
+    """The pools of all devices."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_ordinal: dict[int, Pool] = {}
+        self._watches_the_end = False
+
+    def of(self, gpu: Device) -> Pool:
+        """The device's."""
+        with self._lock:
+            return self._by_ordinal.setdefault(gpu.ordinal, Pool(gpu))
+
+    def watch_the_end(self) -> None:
+        """See to it that the interpreter's end waits for copies before it unregisters their slots.
+
+        What is called there is called in reverse order, and slots have been registered before.
+        """
+        with self._lock:
+            if not self._watches_the_end:
+                self._watches_the_end = True
+                atexit.register(self.drain)
+
+    def drain(self) -> None:
+        """Wait for all copies on streams of others."""
+        for pool in list(self._by_ordinal.values()):
+            pool.drain()
 
 
-@functools.cache
-def _watch_the_end() -> None:
-    """See to it that the interpreter's end waits for copies before it unregisters their slots.
-
-    Functions are called in reverse order, and the first slots had theirs registered before this.
-    """
-    atexit.register(drain)
-
-
-def drain() -> None:
-    """Wait for all copies on streams of others."""
-    for pool in list(_pools.values()):
-        pool.drain()
-
-
-def pool_of(gpu: Device) -> Pool:
-    """The device's pool."""
-    with _pools_lock:
-        return _pools.setdefault(gpu.ordinal, Pool(gpu))
+_pools = Pools()
 
 
 def read_into(
@@ -171,7 +177,7 @@ def _handle_of(file: File) -> cufile.Handle:
         raise cufile.RefusedError("cuFile reads files, not a namespace's character device")
     if origin.undirected is not None:
         raise cufile.RefusedError(origin.undirected)
-    obstacle = cufile.obstacle()
+    obstacle = cufile.library.obstacle()
     if obstacle is not None:
         raise cufile.RefusedError(obstacle)
     with file._cufile_lock:
@@ -201,7 +207,7 @@ def _by_relay(
     if ways is not None and not ways:
         raise WayClosedError(file.path, {})
     gpu = device(memory.device)
-    pool = pool_of(gpu)
+    pool = _pools.of(gpu)
     theirs = None if handle is None else Copies(gpu, handle)
     if theirs is not None:
         theirs.mark()  # raises for a stream of another device, before anything is under way

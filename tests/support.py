@@ -32,6 +32,21 @@ needs_torch = pytest.mark.skipif(
 )
 
 
+def _missing_for_a_gpu() -> list[str]:
+    """Looked for without starting CUDA in the process of all the other tests."""
+    found = {
+        "NVIDIA's driver": Path("/proc/driver/nvidia/version").exists(),
+        "cuda-bindings": importlib.util.find_spec("cuda") is not None,
+    }
+    return [name for name, there in found.items() if not there]
+
+
+needs_gpu = pytest.mark.skipif(
+    "gpu" not in REQUIRED and bool(_missing_for_a_gpu()),
+    reason=f"for a GPU there is no {' and no '.join(_missing_for_a_gpu())}",
+)
+
+
 def run_python(script: str, *arguments: str, timeout: float = 60) -> str:
     """Run `script` against the installed package in an interpreter of its own; returns its output.
 

@@ -45,15 +45,14 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
     fake = FakeDriver(devices=2)
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", fake.module)
     monkeypatch.setattr(cuda, "_devices", {})
-    monkeypatch.setattr(gpu, "_pools", {})
+    monkeypatch.setattr(gpu, "_pools", gpu.Pools())
     monkeypatch.setattr(gpu, "_SLOTS", 8)
-    cufile.obstacle.cache_clear()
+    monkeypatch.setattr(cufile, "library", cufile.Library())
     yield fake
-    cufile.obstacle.cache_clear()
     fake.release()
     fake.fail.clear()
-    gpu.drain()
-    gpu._pools.clear()
+    gpu._pools.drain()
+    gpu._pools._by_ordinal.clear()
     gc.collect()
     fake.check()
     assert fake.registered == {}
@@ -338,7 +337,7 @@ def test_on_the_device_that_has_the_memory(file: File, driver: FakeDriver) -> No
     arrays = [Array(driver, 3000, device=ordinal) for ordinal in (0, 1)]
     for array in arrays:
         check(array, file.read_into(array, size=3000), 0, 3000)
-    assert {pool._gpu.ordinal for pool in gpu._pools.values()} == {0, 1}
+    assert {pool._gpu.ordinal for pool in gpu._pools._by_ordinal.values()} == {0, 1}
 
 
 def test_what_is_not_for_gpu_memory(file: File, driver: FakeDriver) -> None:
@@ -513,7 +512,7 @@ def stream(driver: FakeDriver) -> Iterator[int]:
         handle = int(driver.module.cuStreamCreate(1)[1])
     yield handle
     driver.release()
-    gpu.drain()
+    gpu._pools.drain()
     with cuda.device(0).current():
         driver.module.cuStreamDestroy(handle)
 
@@ -560,7 +559,7 @@ def test_slots_and_target_are_kept_until_the_event(
         other = Array(driver, 3 << 20)
         file.read_into(other, size=3 << 20, stream=stream)
         assert driver.calls["cuMemHostRegister"] == 2  # those slots are in use
-    gpu.drain()
+    gpu._pools.drain()
     last = Array(driver, 10)
     file.read_into(last, size=10)
     assert driver.calls["cuMemHostRegister"] == 2

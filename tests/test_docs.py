@@ -115,3 +115,14 @@ def test_the_examples_of_safetensors(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert f"{tmp_path}/model.safetensors {weight.nbytes + bias.nbytes} BUFFERED" in shown[2]
     assert shown[-2] == f"(3, 2048) {bias.nbytes + names['half'].nbytes}"
     assert "notes.txt is no safetensors file that can be read" in shown[-1]
+
+
+def test_the_examples_of_gpu_memory_are_marked() -> None:
+    """Blocks that begin with "python gpu" need one, and are run by tests/gpu. Here, that they are
+    Python, and that the page has no others, which nobody would run."""
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    blocks = re.findall(r"```(python[^\n]*)\n(.*?)```", page, re.S)
+    assert len(blocks) > 3
+    for mark, code in blocks:
+        assert mark == "python gpu"
+        compile(code, "docs/gpu.md", "exec")
