@@ -150,6 +150,7 @@ $(ENVIRONMENT)/installed: $(SOURCES) | packages
 	$(ENVIRONMENT)/bin/pip install --quiet --force-reinstall --no-deps build/wheel/gdsdirect-*.whl
 	$(ENVIRONMENT)/bin/pip install --quiet --prefer-binary "gdsdirect[dev] @ file://$$(echo $(CURDIR)/build/wheel/*.whl)"
 	-$(ENVIRONMENT)/bin/pip install --quiet --only-binary=:all: uvloop
+	-$(ENVIRONMENT)/bin/pip install --quiet --only-binary=:all: "cuda-bindings>=12.9"
 	touch $@
 
 packages:

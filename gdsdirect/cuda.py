@@ -169,6 +169,7 @@ class Event:
     def __init__(self, device: Device, stream: int) -> None:
         """`device` is that of the stream, and current."""
         self._device = device
+        self._kept: list[object] = []
         flags = device.driver.CUevent_flags
         # Blocking: who waits for it leaves the processor to others.
         self._event = device.call(
@@ -183,6 +184,10 @@ class Event:
         """The CUevent."""
         return int(self._event)
 
+    def keep(self, obj: object) -> None:
+        """Hold what the work before this needs, until it was seen to be done."""
+        self._kept.append(obj)
+
     def query(self) -> bool:
         """Whether it is done; CudaError where something before it failed."""
         try:
@@ -192,12 +197,14 @@ class Event:
             if error.name == "CUDA_ERROR_NOT_READY":
                 return False
             raise
+        self._kept.clear()
         return True
 
     def synchronize(self) -> None:
         """Wait until it is done; CudaError where something before it failed."""
         with self._device.current():
             self._device.call("cuEventSynchronize", self._event)
+        self._kept.clear()
 
     def __repr__(self) -> str:
         return f"<Event {self.handle:#x} of device {self._device.ordinal}>"

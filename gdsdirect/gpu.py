@@ -42,8 +42,8 @@ class Pool:
         self._gpu = gpu
         self._lock = threading.Lock()
         self._free: list[Slots] = []
-        # With the event that tells when their copies are done, and what those write into.
-        self._busy: list[tuple[Event, Slots, DeviceMemory]] = []
+        # With the event that tells when their copies are done.
+        self._busy: list[tuple[Event, Slots]] = []
         self._lost: list[object] = []
 
     def take(self) -> Slots:
@@ -60,9 +60,10 @@ class Pool:
             self._free.append(slots)
 
     def lend(self, slots: Slots, memory: DeviceMemory, until: Event) -> None:
-        """They are in use until the event; so is `memory`, which is kept as long."""
+        """They are in use until the event; so is `memory`, which the event keeps."""
+        until.keep(memory)
         with self._lock:
-            self._busy.append((until, slots, memory))
+            self._busy.append((until, slots))
         _pools.watch_the_end()
 
     def lose(self, slots: Slots, memory: DeviceMemory) -> None:
@@ -73,7 +74,7 @@ class Pool:
     def _collect(self) -> None:
         busy, self._busy = self._busy, []
         for entry in busy:
-            until, slots, _ = entry
+            until, slots = entry
             try:
                 done = until.query()
             except CudaError:  # the copies' own error, which the event's owner sees too
@@ -86,7 +87,7 @@ class Pool:
 
     def drain(self) -> None:
         """Wait for all copies."""
-        for until, _, _ in self._busy:
+        for until, _ in self._busy:
             if not self._gpu.forked():
                 with contextlib.suppress(CudaError):
                     until.synchronize()

@@ -81,8 +81,10 @@ def relay(
         for chunk in _ahead_of(stream, pending):
             if chunk.offset != offset + relayed.nbytes:  # the file was cut off, and grew again
                 break
-            mark = copier.copy(chunk._memory.address, target + relayed.nbytes, chunk.nbytes)
-            pending.append((mark, chunk))
+            if chunk.nbytes:
+                place = target + relayed.nbytes
+                mark = copier.copy(chunk._memory.address, place, chunk.nbytes)
+                pending.append((mark, chunk))
             _note(relayed, chunk)
         while wait and pending:
             _release_oldest(pending)

@@ -379,8 +379,8 @@ class FakeDriver:
         self._current()
         found = self._stream(stream)
         assert self._is_registered(source, nbytes), "a copy from memory that is not registered"
-        if nbytes:
-            self._place(target, nbytes)
+        assert nbytes > 0
+        self._place(target, nbytes)
         with self._lock:
             self.copies += 1
             self.pending += 1
@@ -393,12 +393,11 @@ class FakeDriver:
             time.sleep(self.delay)
             # As late as this, so that a slot that was read into again meanwhile shows.
             assert self._is_registered(source, nbytes), "the source was unregistered before a copy"
-            if nbytes:
-                try:
-                    _, memory, offset = self._place(target, nbytes)
-                except Failure:
-                    raise AssertionError("the target was freed before a copy") from None
-                memory[offset : offset + nbytes] = ctypes.string_at(source, nbytes)
+            try:
+                _, memory, offset = self._place(target, nbytes)
+            except Failure:
+                raise AssertionError("the target was freed before a copy") from None
+            memory[offset : offset + nbytes] = ctypes.string_at(source, nbytes)
         finally:
             with self._lock:
                 self.pending -= 1

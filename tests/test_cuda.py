@@ -567,6 +567,21 @@ def test_slots_and_target_are_kept_until_the_event(
     assert other.contents() == DATA[: 3 << 20]
 
 
+@pytest.mark.parametrize("see", ["query", "synchronize"])
+def test_a_target_is_let_go_once_its_event_was_seen(
+    see: str, stream: int, file: File, driver: FakeDriver
+) -> None:
+    array = Array(driver, 100)
+    event = file.read_into(array, size=100, stream=stream).event
+    address = array.address
+    del array
+    assert event is not None
+    _until(lambda: driver.pending == 0)
+    assert address in driver.allocated
+    getattr(event, see)()
+    assert address not in driver.allocated
+
+
 def test_more_than_there_are_slots_on_a_stream(stream: int, file: File, driver: FakeDriver) -> None:
     array = Array(driver, len(DATA))
     event = file.read_into(array, stream=stream).event
