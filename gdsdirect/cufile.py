@@ -102,7 +102,7 @@ class Handle:
     def __init__(self, source: Source) -> None:
         """`source` is open with O_DIRECT. RefusedError where cuFile doesn't take it."""
         module = _module()
-        self._source = source  # open as long as cuFile has its descriptor
+        self._path = source.path
         self._lock = threading.Lock()
         self._readers = 0
         self._closed = False
@@ -111,10 +111,13 @@ class Handle:
         description.type = int(module.FileHandleType.OPAQUE_FD)
         description.fs_ops = 0
         description.handle = 0
-        description.handle.fd = source.fileno()
+        # A descriptor of its own: the file may be closed while another thread's read is under way.
+        self._fd = os.dup(source.fileno())
+        description.handle.fd = self._fd
         try:
-            self._handle = module.handle_register(int(description))
+            self._handle: int | None = module.handle_register(int(description))
         except module.cuFileError as error:
+            os.close(self._fd)
             raise RefusedError(f"cuFile doesn't take this file without a copy: {error}") from None
 
     def read(self, memory: DeviceMemory, wanted: Range, device: Device) -> int:
@@ -124,7 +127,7 @@ class Handle:
         """
         with self._lock:
             if self._closed:
-                raise ValueError(f"{self._source.path} is closed")
+                raise ValueError(f"{self._path} is closed")
             self._readers += 1
         try:
             with device.current():
@@ -161,7 +164,7 @@ class Handle:
         first = text.split()[0]
         number = int(first) if first.isdigit() else errno.EIO
         what = f"{os.strerror(number)}, reading {size} bytes at offset {offset} by cuFile"
-        return OSError(number, what, self._source.path)
+        return OSError(number, what, self._path)
 
     def close(self) -> None:
         """Take the file from cuFile, once nobody reads it."""
@@ -175,6 +178,7 @@ class Handle:
             handle, self._handle = self._handle, None
         with contextlib.suppress(Exception):  # nothing that a caller could do about it
             _module().handle_deregister(handle)
+        os.close(self._fd)
 
     def __del__(self) -> None:
         if hasattr(self, "_handle"):

@@ -655,6 +655,27 @@ def test_a_file_that_was_dropped_is_taken_from_cufile(
     assert library.files == {}
 
 
+def test_a_file_that_is_closed_while_cufile_reads_it(
+    path: Path, library: FakeCuFile, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = library.module.read  # type: ignore[attr-defined]
+
+    def closing(*arguments: int) -> object:
+        file.close()
+        with open("/dev/null"):  # which would get the number of the file's descriptor
+            return read(*arguments)
+
+    monkeypatch.setattr(library.module, "read", closing)
+    before = len(os.listdir("/proc/self/fd"))
+    file = gdsdirect.open(path)
+    array = Array(driver, 5000)
+    check(array, file.read_into(array, size=5000, require=DataPath.CUFILE), 0, 5000)
+    assert library.files == {}
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(ValueError, match="closed"):
+        file.read_into(array, size=1)
+
+
 def test_cufile_on_a_stream(
     path: Path, stream: int, library: FakeCuFile, driver: FakeDriver
 ) -> None:
