@@ -13,7 +13,7 @@ RUN := $(ENVIRONMENT)/bin/python -P
 SOURCES := pyproject.toml setup.py README.md $(wildcard csrc/*) $(wildcard gdsdirect/* gdsdirect/*/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu sanitize fuzz bench lint coverage dist test-wheel wheels packages forget clean
+.PHONY: help demo test test-gpu sanitize fuzz bench bench-gpu lint coverage dist test-wheel wheels packages forget clean
 
 help:
 	@echo "make demo                      read along every way there is, in a virtual machine, with proof"
@@ -23,6 +23,7 @@ help:
 	@echo "make sanitize                  the same tests of the ring under ASan and UBSan, and with debug allocators"
 	@echo "make fuzz FUZZ_SECONDS=60      random commands against the rules, on /dev/null"
 	@echo "make bench                     time and IOPS beside C loops, other packages and fio [ROUNDS=30]"
+	@echo "make bench-gpu                 a file and a checkpoint into GPU memory beside kvikio, torch and others"
 	@echo "make lint                      ruff, mypy, the stubs against the installed package, the C code's form,"
 	@echo "                               and no warning by gcc or clang"
 	@echo "make coverage                  which lines of Python and C the tests of this host reach"
@@ -40,11 +41,19 @@ demo: $(ENVIRONMENT)/installed
 test: forget $(ENVIRONMENT)/installed
 	GDSDIRECT_REQUIRE=lab $(RUN) -m pytest $(PYTEST)
 
-# Not run where the package is made: what it has shown so far is in docs/gpu.md.
+# Not run where the package is made: what they have shown so far is in docs/gpu.md.
 CUPY ?= cupy-cuda12x
+KVIKIO ?= kvikio-cu12
+GPU_INSTALL = $(ENVIRONMENT)/bin/pip install --quiet --prefer-binary torch $(CUPY) \
+              "gdsdirect[cuda,bench] @ file://$$(echo $(CURDIR)/build/wheel/*.whl)"
 test-gpu: $(ENVIRONMENT)/installed
-	$(ENVIRONMENT)/bin/pip install --quiet --prefer-binary torch $(CUPY) "gdsdirect[cuda] @ file://$$(echo $(CURDIR)/build/wheel/*.whl)"
+	$(GPU_INSTALL)
 	GDSDIRECT_REQUIRE=gpu $(RUN) -m pytest -m gpu tests/gpu $(PYTEST)
+
+bench-gpu: PACKAGES += $(BENCH_PACKAGES)
+bench-gpu: $(ENVIRONMENT)/installed
+	$(GPU_INSTALL) $(KVIKIO) fastsafetensors
+	$(ENVIRONMENT)/bin/python -m benchmarks.gpu $(GPU_OPTIONS)
 
 # AddressSanitizer must be the process's first library. Leaks are looked for by tests/test_leaks.py, since
 # CPython itself leaves memory at its end.

@@ -163,15 +163,17 @@ class FakeDriver:
             self._gate.set()
 
     def release(self) -> None:
+        """Let all copies through, and wait for them."""
         self._gate.set()
+        for stream in list(self.streams.values()):
+            stream.wait(stream.put)
 
     def close_gate(self) -> None:
         self._gate.clear()
 
     def check(self) -> None:
-        """Nothing went wrong in a stream, and no thread was left with another current context."""
-        for stream in list(self.streams.values()):
-            stream.wait(stream.put)
+        """Nothing went wrong in a stream, and no thread was left with another current context.
+        Asked once nothing is under way."""
         for error in self.wrong:
             raise error
         left = {thread: stack for thread, stack in self._contexts.items() if stack}

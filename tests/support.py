@@ -1,11 +1,13 @@
 """Helpers that several tests use."""
 
+import importlib
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +47,13 @@ needs_gpu = pytest.mark.skipif(
     "gpu" not in REQUIRED and bool(_missing_for_a_gpu()),
     reason=f"for a GPU there is no {' and no '.join(_missing_for_a_gpu())}",
 )
+
+
+def needed(name: str) -> Any:
+    """A package, or a skip that names it; with GDSDIRECT_REQUIRE=gpu its lack is a failure."""
+    if "gpu" in REQUIRED:
+        return importlib.import_module(name)
+    return pytest.importorskip(name)
 
 
 def run_python(script: str, *arguments: str, timeout: float = 60) -> str:

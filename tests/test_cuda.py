@@ -39,25 +39,7 @@ DATA = random.Random(7).randbytes((9 << 20) + 777)
 DRIVE = (DataPath.FILE_FIXED, DataPath.FILE_DIRECT, DataPath.BUFFERED)
 
 
-@pytest.fixture(autouse=True)
-def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
-    """CUDA with two devices, of which nothing must be left at the end."""
-    fake = FakeDriver(devices=2)
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", fake.module)
-    monkeypatch.setattr(cuda, "_devices", {})
-    monkeypatch.setattr(gpu, "_pools", gpu.Pools())
-    monkeypatch.setattr(gpu, "_SLOTS", 8)
-    monkeypatch.setattr(cufile, "library", cufile.Library())
-    yield fake
-    fake.release()
-    fake.fail.clear()
-    gpu._pools.drain()
-    gpu._pools._by_ordinal.clear()
-    gc.collect()
-    fake.check()
-    assert fake.registered == {}
-    assert fake.events == {}
-    assert list(fake.streams) == [1]
+pytestmark = pytest.mark.usefixtures("driver")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import REQUIRED, needs_gpu
+from support import needed, needs_gpu
 
 import gdsdirect
 from gdsdirect import DataPath, File, GpuMappedBuffer, ReadResult, WayClosedError, cuda
@@ -28,13 +28,6 @@ pytestmark = [pytest.mark.gpu, needs_gpu]
 DATA = random.Random(11).randbytes((70 << 20) + 777)  # more than all slots
 FILLING = 0xA5
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def needed(name: str) -> Any:
-    """A package, or a skip that names it; with GDSDIRECT_REQUIRE=gpu its lack is a failure."""
-    if "gpu" in REQUIRED:
-        return __import__(name)
-    return pytest.importorskip(name)
 
 
 class Allocation:
