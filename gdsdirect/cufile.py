@@ -86,14 +86,26 @@ def _open() -> None:
     try:
         for name in _COPYING:
             parameter = getattr(module.BoolConfigParameter, name, None)
-            if parameter is not None and module.get_parameter_bool(parameter):
-                module.set_parameter_bool(parameter, False)
-        allowed = module.BoolConfigParameter.PROPERTIES_ALLOW_COMPAT_MODE
-        if module.get_parameter_bool(allowed):
-            raise RefusedError("cuFile's compatibility mode can't be switched off")
+            if parameter is not None:
+                _switch_off(module, parameter)
         module.driver_open()
+        # Only now are the settings read that are in files: the library may tell another value.
+        for name in _COPYING[:2]:
+            if module.get_parameter_bool(getattr(module.BoolConfigParameter, name)):
+                raise RefusedError(f"cuFile's mode that copies can't be switched off ({name})")
     except (module.cuFileError, RuntimeError) as error:
         raise RefusedError(f"cuFile's driver can't be opened without copies: {error}") from None
+
+
+def _switch_off(module: Any, parameter: int) -> None:
+    """Set a parameter, whatever it is told to be: before the driver is open, all seem to be off."""
+    try:
+        module.set_parameter_bool(parameter, False)
+    except module.cuFileError:
+        # The library doesn't know it, or somebody else has opened the driver. In both cases what
+        # counts is what it is then.
+        if module.get_parameter_bool(parameter):
+            raise
 
 
 class Handle:

@@ -446,15 +446,17 @@ class Array:
 class FakeCuFile:
     """cuda.bindings.cufile, which reads the descriptor that it is given into a FakeDriver's memory.
 
-    `parameters` are as the library has them when it is loaded. `refuse_open` and `refuse` are what
-    opening its driver and registering a file fail with, `result` is what `read` returns or raises
-    instead of reading, `piece` the most bytes that it reads, and where it is `stubborn`, no
-    parameter changes.
+    `parameters` are as its settings have them. Before its driver is open it tells all of them to be
+    off, as the real one does. `foreign` says that somebody else has opened it. `refuse_open` and
+    `refuse` are what opening its driver and registering a file fail with, `result` is what `read`
+    returns or raises instead of reading, `piece` the most bytes that it reads, and where it is
+    `stubborn`, no parameter changes.
     """
 
     def __init__(self, driver: FakeDriver) -> None:
         self._driver = driver
         self.parameters = {1: True, 2: False, 12: True, 13: False}
+        self.foreign = False
         self.opened = 0
         self.files: dict[int, int] = {}
         self.registered = 0
@@ -477,7 +479,7 @@ class FakeCuFile:
         module.OpError = OpError
         module.cuFileError = CuFileError
         module.Descr = Descr
-        module.get_parameter_bool = self.parameters.__getitem__
+        module.get_parameter_bool = self._get
         module.set_parameter_bool = self._set
         module.driver_open = self._open
         module.handle_register = self._register
@@ -485,13 +487,19 @@ class FakeCuFile:
         module.read = self._read
         return module
 
+    def _get(self, parameter: int) -> bool:
+        return self.parameters[parameter] and bool(self.opened or self.foreign)
+
     def _set(self, parameter: int, value: bool) -> None:
         assert not self.opened, "a parameter was set after the driver was opened"
+        if self.foreign:
+            raise CuFileError(5026)
         if not self.stubborn:
             self.parameters[parameter] = value
 
     def _open(self) -> None:
-        assert not any(self.parameters.values()), "the driver was opened with a mode that copies"
+        if not self.stubborn:
+            assert not any(self.parameters.values()), "opened with a mode that copies"
         if self.refuse_open is not None:
             raise CuFileError(self.refuse_open)
         self.opened += 1
@@ -564,6 +572,7 @@ class OpError(IntEnum):
     DRIVER_NOT_INITIALIZED = 5001
     IO_NOT_SUPPORTED = 5008
     INVALID_MAPPING_RANGE = 5017
+    DRIVER_ALREADY_OPEN = 5026
 
 
 class CuFileError(Exception):

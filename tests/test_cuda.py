@@ -671,6 +671,7 @@ def test_cufile_on_a_stream(
 REFUSALS: dict[str, Callable[[FakeCuFile], None]] = {
     "can't be opened without copies: DRIVER_NOT_INIT": lambda it: setattr(it, "refuse_open", 5001),
     "can't be switched off": lambda it: setattr(it, "stubborn", True),
+    "without copies: DRIVER_ALREADY_OPEN": lambda it: setattr(it, "foreign", True),
     "without a copy: IO_NOT_SUPPORTED": lambda it: setattr(it, "refuse", 5008),
     "refused to read: .*INVALID_MAPPING_RANGE": lambda it: setattr(it, "result", -5017),
 }

@@ -88,3 +88,22 @@ def test_a_fork_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda.device(0), "pid", 1)
     with pytest.raises(CudaUnavailableError, match="forked"):
         cuda.device(0)
+
+
+def test_the_real_cufile_refuses_where_there_is_no_nvidia_fs(tmp_path: Path) -> None:
+    """Or there is no such library; it writes its log into the current folder."""
+    if importlib.util.find_spec("cuda") is None:
+        pytest.skip("cuda-bindings is not installed: pip install 'gdsdirect[cuda]'")
+    if Path("/proc/driver/nvidia").exists():
+        pytest.skip("there is a driver of NVIDIA's here")
+    said = run_python(
+        "import os, sys\n"
+        "os.chdir(sys.argv[1])\n"
+        "from gdsdirect import cufile\n"
+        "try:\n"
+        "    cufile._open()\n"
+        "except cufile.RefusedError as error:\n"
+        "    print(error)\n",
+        str(tmp_path),
+    )
+    assert said.startswith("cuFile's driver can't be opened without copies: ")
