@@ -11,11 +11,12 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, overload
 from weakref import ref
 
+from gdsdirect.cuda import is_on_gpu
 from gdsdirect.lane import Lane, Request, lane_of
 from gdsdirect.memory import GpuMappedBuffer
 from gdsdirect.plan import REGISTERED
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from gdsdirect._uring_cmd import Memory
+    from gdsdirect.cuda import OnGpu
+    from gdsdirect.gpu_chunks import GpuChunkStream
 
 _CHUNK = 1 << 20
 
@@ -333,21 +336,36 @@ class ChunkStream:
         await self.aclose()
 
 
+Supplies = Callable[[int, "Collection[DataPath] | None"], Supply]
+"""Makes what is to be read, for chunks of so many bytes, by these ways alone."""
+
+
+def size_of_chunks(chunk_size: int | None, nbytes: int) -> int:
+    """The size asked for, or what suits memory of so many bytes."""
+    if chunk_size is None:
+        return max(GRAIN, min(_CHUNK, nbytes // 8 // GRAIN * GRAIN))
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}: give bytes, 1 or more")
+    return chunk_size
+
+
 def stream_of(
-    buffer: Buffer, chunk_size: int | None, supply: Callable[[int], Supply], *, aligned: bool
+    buffer: Buffer,
+    chunk_size: int | None,
+    supplies: Supplies,
+    require: Collection[DataPath] | None,
+    *,
+    aligned: bool,
 ) -> ChunkStream:
     """A stream through slots of `buffer`, for chunks of so many bytes.
 
     `aligned` says that they begin at multiples of it in their file.
     """
     memory = buffer if isinstance(buffer, GpuMappedBuffer) else GpuMappedBuffer.from_object(buffer)
-    if chunk_size is None:
-        chunk_size = max(GRAIN, min(_CHUNK, memory.nbytes // 8 // GRAIN * GRAIN))
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}: give bytes, 1 or more")
+    size = size_of_chunks(chunk_size, memory.nbytes)
     # A chunk that begins in the midst of a block is read from the block's start.
-    grainy = not aligned or chunk_size % GRAIN
-    stride = -(-chunk_size // GRAIN) * GRAIN + (GRAIN if grainy else 0)
+    grainy = not aligned or size % GRAIN
+    stride = -(-size // GRAIN) * GRAIN + (GRAIN if grainy else 0)
     first = -memory.address % GRAIN
     slots = [
         slot
@@ -356,20 +374,45 @@ def stream_of(
     ]
     if not slots:
         raise ValueError(
-            f"the buffer has {memory.nbytes} bytes, and no room for a chunk of {chunk_size} in "
-            "whole pages: give a smaller chunk_size, or a larger buffer"
+            f"the buffer has {memory.nbytes} bytes, and no room for a chunk of {size} in whole "
+            "pages: give a smaller chunk_size, or a larger buffer"
         )
-    return ChunkStream(supply(chunk_size), memory, slots, ours=memory is not buffer)
+    return ChunkStream(supplies(size, require), memory, slots, ours=memory is not buffer)
 
 
+Paths = Iterable["str | bytes | os.PathLike[str] | os.PathLike[bytes]"]
+
+
+@overload
 def stream_files(
-    paths: Iterable[str | bytes | os.PathLike[str] | os.PathLike[bytes]],
+    paths: Paths,
     buffer: Buffer,
     *,
     chunk_size: int | None = None,
     direct: bool = True,
     require: Require = None,
-) -> ChunkStream:
+) -> ChunkStream: ...
+
+
+@overload
+def stream_files(
+    paths: Paths,
+    buffer: OnGpu,
+    *,
+    chunk_size: int | None = None,
+    direct: bool = True,
+    require: Require = None,
+) -> GpuChunkStream: ...
+
+
+def stream_files(
+    paths: Paths,
+    buffer: Buffer | OnGpu,
+    *,
+    chunk_size: int | None = None,
+    direct: bool = True,
+    require: Require = None,
+) -> ChunkStream | GpuChunkStream:
     """Iterate many files, in their order, in chunks that land in slots of `buffer`.
 
     A file of at most `chunk_size` bytes is one chunk, also an empty one; larger ones are several.
@@ -385,9 +428,12 @@ def stream_files(
     True
     """
     ways = permitted(require)
-    return stream_of(
-        buffer,
-        chunk_size,
-        lambda size: ManyFiles(paths, size, ways, direct=direct),
-        aligned=True,
-    )
+
+    def supplies(size: int, ways: Collection[DataPath] | None) -> Supply:
+        return ManyFiles(paths, size, ways, direct=direct)
+
+    if is_on_gpu(buffer):
+        from gdsdirect import gpu_chunks  # which is above this module
+
+        return gpu_chunks.stream_of(buffer, chunk_size, supplies, ways, aligned=True)
+    return stream_of(buffer, chunk_size, supplies, ways, aligned=True)

@@ -6,8 +6,8 @@ import contextlib
 import os
 import threading
 from array import array
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Self
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Self, overload
 
 from gdsdirect.chunks import ChunkStream, stream_of
 from gdsdirect.cuda import is_on_gpu
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from gdsdirect import cufile
     from gdsdirect._uring_cmd import Source
     from gdsdirect.cuda import DeviceMemory, OnGpu
+    from gdsdirect.gpu_chunks import GpuChunkStream
+    from gdsdirect.stream import DataPath
 
 
 def open(
@@ -212,6 +214,7 @@ class File:
             transfer = Transfer(self._origin, lane, permitted(require))
             return await finish_async(transfer.read_many(plan))
 
+    @overload
     def stream(
         self,
         buffer: Buffer,
@@ -220,12 +223,36 @@ class File:
         offset: int = 0,
         size: int | None = None,
         require: Require = None,
-    ) -> ChunkStream:
+    ) -> ChunkStream: ...
+
+    @overload
+    def stream(
+        self,
+        buffer: OnGpu,
+        *,
+        chunk_size: int | None = None,
+        offset: int = 0,
+        size: int | None = None,
+        require: Require = None,
+    ) -> GpuChunkStream: ...
+
+    def stream(
+        self,
+        buffer: Buffer | OnGpu,
+        *,
+        chunk_size: int | None = None,
+        offset: int = 0,
+        size: int | None = None,
+        require: Require = None,
+    ) -> ChunkStream | GpuChunkStream:
         """Iterate `size` bytes from `offset` in chunks that land in slots of `buffer`, in order.
 
         For `for` and for `async for`. As many chunks are read ahead as there are slots, and a slot
         is used again when its chunk was released or dropped, so hold fewer than there are. Chunks
         have `chunk_size` bytes (1 MiB, or less in a buffer of less than 8), but for the last one.
+
+        `buffer` is as for `read_into`. In GPU memory chunks are arrays of CUDA's; they get there by
+        way of page-locked slots, from which they are copied while others are read.
 
         ValueError where the buffer has no room for one, else the errors of `read_into`.
         """
@@ -234,12 +261,16 @@ class File:
         have = max(0, self.size - offset)
         whole = Range(offset, have if size is None else min(size, have), 0)
         ways = permitted(require)
-        return stream_of(
-            buffer,
-            chunk_size,
-            lambda most: OneFile(self._origin, whole, most, ways),
-            aligned=offset % GRAIN == 0,
-        )
+
+        def supplies(most: int, ways: Collection[DataPath] | None) -> OneFile:
+            return OneFile(self._origin, whole, most, ways)
+
+        aligned = offset % GRAIN == 0
+        if not isinstance(buffer, GpuMappedBuffer) and is_on_gpu(buffer):
+            from gdsdirect import gpu_chunks  # which is above this module
+
+            return gpu_chunks.stream_of(buffer, chunk_size, supplies, ways, aligned=aligned)
+        return stream_of(buffer, chunk_size, supplies, ways, aligned=aligned)
 
     def _range(
         self,

@@ -125,6 +125,11 @@ class Pools:
 _pools = Pools()
 
 
+def pool_of(gpu: Device) -> Pool:
+    """The slots for transfers into a device's memory."""
+    return _pools.of(gpu)
+
+
 def read_into(
     file: File,
     target: object,
@@ -208,7 +213,7 @@ def _by_relay(
     if ways is not None and not ways:
         raise WayClosedError(file.path, {})
     gpu = device(memory.device)
-    pool = _pools.of(gpu)
+    pool = pool_of(gpu)
     theirs = None if handle is None else Copies(gpu, handle)
     if theirs is not None:
         theirs.mark()  # raises for a stream of another device, before anything is under way
@@ -220,7 +225,10 @@ def _by_relay(
         with stream_of(
             slots.buffer,
             _SLOT,
-            lambda most: OneFile(file._origin, whole, most, ways, even_if_empty=whole.size == 0),
+            lambda most, ways: OneFile(
+                file._origin, whole, most, ways, even_if_empty=whole.size == 0
+            ),
+            ways,
             aligned=wanted.offset % GRAIN == 0,
         ) as chunks:
             place = memory.address + wanted.target

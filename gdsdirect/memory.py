@@ -232,8 +232,8 @@ class GpuMappedBuffer(Memory):
             if not is_on_gpu(obj):
                 raise
             raise TypeError(
-                f"this {type(obj).__name__} is GPU memory, which only read_into and "
-                f"read_into_async take: read each range by one of them ({error})"
+                f"this {type(obj).__name__} is GPU memory, which read_into and streams take, and "
+                f"nothing else: read each range by read_into ({error})"
             ) from None
         with view:
             if view.readonly or not view.c_contiguous or view.nbytes == 0:

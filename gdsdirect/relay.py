@@ -7,7 +7,6 @@ is no CUDA here: who copies is a `Copier`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -76,9 +75,9 @@ def relay(
     copy is under way: UndrainedError where that can't be known.
     """
     relayed = Relayed[M]()
-    pending: deque[tuple[Mark, Chunk]] = deque()
+    pending: deque[tuple[M, Chunk]] = deque()
     try:
-        for chunk in _ahead_of(stream, pending):
+        while (chunk := next_of(stream, pending)) is not None:
             if chunk.offset != offset + relayed.nbytes:  # the file was cut off, and grew again
                 break
             if chunk.nbytes:
@@ -99,19 +98,15 @@ def relay(
     return relayed
 
 
-def _ahead_of(stream: ChunkStream, pending: deque[tuple[Mark, Chunk]]) -> Iterator[Chunk]:
-    """The stream's chunks, while at most half of its slots wait for their copy."""
+def next_of(stream: ChunkStream, pending: deque[tuple[M, Chunk]]) -> Chunk | None:
+    """The stream's next chunk, or None, once at most half of its slots wait for their copy."""
     most = stream._slots // 2
-    while True:
-        while pending and (len(pending) > most or pending[0][0].query()):
-            _release_oldest(pending)
-        try:
-            yield next(stream)
-        except StopIteration:
-            return
+    while pending and (len(pending) > most or pending[0][0].query()):
+        _release_oldest(pending)
+    return next(stream, None)
 
 
-def _release_oldest(pending: deque[tuple[Mark, Chunk]]) -> None:
+def _release_oldest(pending: deque[tuple[M, Chunk]]) -> None:
     mark, chunk = pending[0]
     mark.synchronize()
     pending.popleft()

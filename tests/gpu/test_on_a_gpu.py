@@ -353,3 +353,30 @@ def test_the_examples_of_the_manual(path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(blocks) > 3
     for code in blocks:
         exec(code, names)
+
+
+@every_maker
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_stream_of_chunks(make: Make, direct: bool, path: Path) -> None:
+    """Through a quarter of the file's size, each slot used several times."""
+    size = 1 << 20
+    array, contents = make(16 * size)
+    came = b""
+    with gdsdirect.open(path, direct=direct) as file, file.stream(array, chunk_size=size) as stream:
+        for chunk in stream:
+            place = chunk.__cuda_array_interface__["data"][0] - DeviceMemory.of(array).address
+            came += contents()[place : place + chunk.nbytes]
+            assert chunk.bounce_bytes == chunk.nbytes
+            chunk.release()
+    assert came == DATA
+
+
+def test_chunks_as_tensors(path: Path) -> None:
+    torch = needed("torch")
+    ring = torch.empty(8 << 20, dtype=torch.uint8, device="cuda")
+    total = torch.zeros((), dtype=torch.int64, device="cuda")
+    with gdsdirect.open(path) as file, file.stream(ring, chunk_size=1 << 20) as stream:
+        for chunk in stream:
+            total += torch.as_tensor(chunk, device="cuda").sum()
+            chunk.release()
+    assert int(total) == sum(DATA)
