@@ -288,7 +288,7 @@ class GpuMappedBuffer(Memory):
         fit, or not begin at a multiple of its elements' size.
 
         >>> with GpuMappedBuffer.from_host_visible(4096) as buffer:
-        ...     buffer.tensor("float32", (8, 16), offset=1024)
+        ...     print(buffer.tensor("float32", (8, 16), offset=1024))
         <Tensor float32 (8, 16) at offset 1024>
         """
         return Tensor(self, dtype, shape, offset)
