@@ -13,7 +13,7 @@ RUN := $(ENVIRONMENT)/bin/python -P
 SOURCES := pyproject.toml setup.py README.md $(wildcard csrc/*) $(wildcard gdsdirect/* gdsdirect/*/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu sanitize fuzz bench bench-gpu lint coverage dist test-wheel wheels packages forget clean
+.PHONY: help demo test test-gpu sanitize fuzz bench bench-gpu docs lint coverage dist test-wheel wheels packages forget clean
 
 help:
 	@echo "make demo                      read along every way there is, in a virtual machine, with proof"
@@ -24,6 +24,7 @@ help:
 	@echo "make fuzz FUZZ_SECONDS=60      random commands against the rules, on /dev/null"
 	@echo "make bench                     time and IOPS beside C loops, other packages and fio [ROUNDS=30]"
 	@echo "make bench-gpu                 a file and a checkpoint into GPU memory beside kvikio, torch and others"
+	@echo "make docs                      the manual, in build/docs"
 	@echo "make lint                      ruff, mypy, the stubs against the installed package, the C code's form,"
 	@echo "                               and no warning by gcc or clang"
 	@echo "make coverage                  which lines of Python and C the tests of this host reach"
@@ -78,6 +79,11 @@ bench: PACKAGES += $(BENCH_PACKAGES)
 bench: $(ENVIRONMENT)/installed
 	$(ENVIRONMENT)/bin/pip install --quiet --prefer-binary "gdsdirect[bench] @ file://$$(echo $(CURDIR)/build/wheel/*.whl)"
 	$(ENVIRONMENT)/bin/python -m benchmarks --rounds $(ROUNDS)
+
+# -E: docstrings are read anew, for Sphinx doesn't know of them.
+docs: $(ENVIRONMENT)/installed
+	$(RUN) -m sphinx -q -E -W -n --keep-going -d build/doctrees docs build/docs
+	@echo "The manual: build/docs/index.html"
 
 # With gcc the package was built without a warning already. What is built is not compiled once more.
 lint: PACKAGES += clang
@@ -157,7 +163,7 @@ $(ENVIRONMENT)/installed: $(SOURCES) | packages
 	rm -rf build
 	CFLAGS="$(CFLAGS) -Werror" $(ENVIRONMENT)/bin/pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(ENVIRONMENT)/bin/pip install --quiet --force-reinstall --no-deps build/wheel/gdsdirect-*.whl
-	$(ENVIRONMENT)/bin/pip install --quiet --prefer-binary "gdsdirect[dev] @ file://$$(echo $(CURDIR)/build/wheel/*.whl)"
+	$(ENVIRONMENT)/bin/pip install --quiet --prefer-binary "gdsdirect[dev,docs] @ file://$$(echo $(CURDIR)/build/wheel/*.whl)"
 	-$(ENVIRONMENT)/bin/pip install --quiet --only-binary=:all: uvloop
 	-$(ENVIRONMENT)/bin/pip install --quiet --only-binary=:all: "cuda-bindings>=12.9"
 	touch $@
