@@ -38,13 +38,17 @@ ALIASES = {
     "_Integers": "Sequence[int] | Buffer",
 }
 
-# Python's own names in signatures; links to them would take the network at each build.
+# Names in signatures, mostly Python's own; links to them would take the network at each build.
 nitpick_ignore = [
     ("py:class", name)
     for name in (
         "Buffer",
         "Collection",
+        "OnGpu",  # what the text calls GPU memory
         "Sequence",
+        "collections.abc.Callable",
+        "collections.abc.Collection",
+        "collections.abc.Iterable",
         "collections.abc.Mapping",
         "collections.abc.Sequence",
         "os.PathLike",

@@ -20,7 +20,7 @@ def safe_open(
     *,
     direct: bool | None = None,
 ) -> TensorFile:
-    """Open a safetensors file, or a checkpoint by its index (*.index.json), to read some tensors.
+    """Open a safetensors file, or a checkpoint by its index (`….index.json`), to read some tensors.
 
     The arguments and errors are those of `load_file`; every header is checked here. What is read is
     memory of its own, that lives as long as the array.

@@ -34,7 +34,7 @@ def load_file(
     direct: bool | None = None,
     progress: Progress = False,
 ) -> Tensors:
-    """Read all tensors of a safetensors file, or of a checkpoint by its index (*.index.json).
+    """Read all tensors of a safetensors file, or of a checkpoint by its index (`….index.json`).
 
     `device` is "cpu", or "cuda:0" and so on. The arrays are those of `framework`: "numpy" (the
     default on the CPU; for bfloat16 and the 8-bit floats it needs the package ml_dtypes), "torch"
