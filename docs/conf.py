@@ -85,9 +85,14 @@ def spell_out(app: Sphinx, what: str, name: str, *rest: object) -> tuple[str, st
 
 
 def link_names(app: Sphinx, doctree: nodes.document, page: str) -> None:
-    """Link the public names in the text to the reference, so that pages are plain Markdown."""
+    """Link the public names in the text to the reference, so that pages are plain Markdown.
+
+    Long code is marked, to be broken where a table would be too wide (static/manual.css).
+    """
     objects = app.env.domains.python_domain.objects
     for literal in list(doctree.findall(nodes.literal)):
+        if len(literal.astext()) > 16:
+            literal["classes"].append("long")
         if isinstance(literal.parent, nodes.reference | nodes.title):
             continue
         full = full_name(literal.astext(), enclosing_class(literal), objects)
