@@ -11,10 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import hosts
 import numpy as np
 import pytest
 from fake_cuda import Array, CUresult, FakeCuFile, FakeDriver
@@ -34,6 +36,8 @@ from gdsdirect import (
     gpu,
 )
 from gdsdirect.cuda import DeviceMemory
+from gdsdirect.host import Host
+from gdsdirect.sysfs import Sysfs
 
 DATA = random.Random(7).randbytes((9 << 20) + 777)
 DRIVE = (DataPath.FILE_FIXED, DataPath.FILE_DIRECT, DataPath.BUFFERED)
@@ -724,6 +728,46 @@ def test_cufile_is_not_opened_where_the_facts_forbid_it(
     with gdsdirect.open(path) as file, pytest.raises(WayClosedError) as caught:
         file.read_into(Array(driver, 10), size=10, require=DataPath.CUFILE)
     assert "can't be loaded" not in caught.value.obstacles["CUFILE"]
+
+
+@pytest.mark.parametrize(
+    ("make", "opened", "why"),
+    [
+        (hosts.h100_in_p2pdma_mode, 1, None),
+        (partial(hosts.h100_in_p2pdma_mode, container=True), 0, "/run/udev"),
+        (hosts.nvidia_fs_without_nvme, 0, "the NVMe driver did not register with nvidia-fs"),
+        (hosts.laptop, 0, "GPU"),
+    ],
+    ids=["H100", "H100 in a container", "nvidia-fs without NVMe", "laptop"],
+)
+def test_the_way_on_recorded_hosts(
+    make: Callable[[Path], Path],
+    opened: int,
+    why: str | None,
+    path: Path,
+    tmp_path: Path,
+    driver: FakeDriver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the facts of tests/hosts.py allow it, cuFile; else slots, and the fact is told."""
+    fake = FakeCuFile(driver)
+    recorded = Host(Sysfs(str(make(tmp_path))), {})
+    monkeypatch.setitem(sys.modules, "cuda.bindings.cufile", fake.module)
+    monkeypatch.setattr(cufile, "Host", lambda sysfs: recorded)
+    array = Array(driver, 8192)
+    with gdsdirect.open(path) as file:
+        if file._origin.undirected is not None:
+            pytest.skip(file._origin.undirected)
+        result = file.read_into(array, size=8192)
+    check(array, result, 0, 8192)
+    assert fake.opened == opened
+    if why is None:
+        assert (result.path, result.why, result.bounce_bytes) == (DataPath.CUFILE, None, 0)
+    else:
+        assert result.path in DRIVE
+        assert result.why is not None
+        assert result.why.startswith("CUFILE is closed: ")
+        assert why in result.why
 
 
 def test_without_the_binding_of_cufile(
