@@ -86,7 +86,7 @@ def measure(rounds: int, on_turn: Callable[[], object]) -> LabFigures:
         begun, busy = time.monotonic(), _children()
         result = run(
             [sys.executable, "-m", "benchmarks.guest", str(rounds), str(report)],
-            drives=[*_DRIVES, Drive("file", contents=image, nsid=5)],
+            drives=[*_DRIVES, Drive("file", contents=image, nsid=5, uring=True)],
             share=Path(share),
             output=_Turns(on_turn),
             timeout=60 + _SECONDS_A_ROUND * rounds,

@@ -112,12 +112,19 @@ def test_a_slow_drive() -> None:
     assert "throttling" not in arguments(Drive())
 
 
+def test_an_image_that_is_read_by_io_uring() -> None:
+    plain = arguments(Drive())
+    assert "aio=" not in plain
+    by_uring = plain.replace("cache=unsafe", "cache=unsafe,aio=io_uring")
+    assert arguments(Drive(uring=True)) == by_uring
+
+
 def test_an_instant_drive(tmp_path: Path) -> None:
     made = arguments(Drive(size=1 << 20, instant=True, iops=40))
     assert "throttling.iops-total=40,driver=null-co,size=1048576,read-zeroes=on" in made
     (tmp_path / "a").write_bytes(bytes(4096))
-    for more in ({"contents": tmp_path / "a"}, {"read_errors": (1,)}):
-        with pytest.raises(ValueError, match="instant is True with contents or read_errors"):
+    for more in ({"contents": tmp_path / "a"}, {"read_errors": (1,)}, {"uring": True}):
+        with pytest.raises(ValueError, match="instant is True with contents, read_errors or uring"):
             Drive(instant=True, **more)
 
 
