@@ -10,9 +10,7 @@ CPU is read into, by those who can: so the script itself is tried where there is
 
 import argparse
 import importlib
-import json
 import os
-import struct
 import subprocess
 import sys
 import tempfile
@@ -26,7 +24,7 @@ from rich.progress import Progress
 
 import gdsdirect
 import gdsdirect.safetensors
-from benchmarks import machine, report, scratch
+from benchmarks import machine, report, scratch, tensors
 from benchmarks.measure import no_collections
 from benchmarks.results import Result
 from benchmarks.rows import Bound
@@ -75,7 +73,7 @@ def main() -> None:
         console.print(f"{name + ':':20} {value}", highlight=False)
     with tempfile.TemporaryDirectory(dir=options.place) as folder:
         path = Path(folder, "model.safetensors")
-        nbytes = _write(path, options.gib << 30)
+        nbytes = tensors.write(path, _TENSORS, (options.gib << 30) // _TENSORS)
         results, notes = [], []
         for title, makers, pairs in (
             (f"{options.gib} GiB into {device.type} memory", *_file(torch, path, nbytes, device)),
@@ -119,28 +117,6 @@ def _gpu(torch: Any, device: Any) -> dict[str, str]:
             device
         )
     return facts
-
-
-def _write(path: Path, nbytes: int) -> int:
-    """A checkpoint of so many bytes; returns those of the file."""
-    each = nbytes // _TENSORS
-    header = {
-        f"layers.{number}.weight": {
-            "dtype": "F16",
-            "shape": [each // 2048, 1024],
-            "data_offsets": [number * each, (number + 1) * each],
-        }
-        for number in range(_TENSORS)
-    }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for _ in range(nbytes // _PIECE):
-            file.write(os.urandom(_PIECE))
-        file.flush()
-        os.fsync(file.fileno())
-        return file.tell()
 
 
 # ---- Those who read

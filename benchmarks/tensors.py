@@ -19,23 +19,25 @@ _SIZE = _TENSORS * _NBYTES
 _PACKAGE = "safetensors.numpy"
 
 
-def _write(path: Path) -> None:
+def write(path: Path, tensors: int, nbytes: int) -> int:
+    """A checkpoint of so many tensors of so many bytes each; returns the bytes of the file."""
     header = {
         f"layers.{number}.weight": {
             "dtype": "F32",
-            "shape": [1024, _NBYTES // 4096],
-            "data_offsets": [number * _NBYTES, (number + 1) * _NBYTES],
+            "shape": [1024, nbytes // 4096],
+            "data_offsets": [number * nbytes, (number + 1) * nbytes],
         }
-        for number in range(_TENSORS)
+        for number in range(tensors)
     }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for _ in range(_TENSORS):
-            file.write(os.urandom(_NBYTES))
+        for _ in range(tensors):
+            file.write(os.urandom(nbytes))
         file.flush()
         os.fsync(file.fileno())
+        return file.tell()
 
 
 @contextmanager
@@ -44,7 +46,7 @@ def _row(
 ) -> Iterator[Row]:
     with scratch.folder() as folder:
         path = Path(folder, "model.safetensors")
-        _write(path)
+        write(path, _TENSORS, _NBYTES)
 
         def contestant(name: str, load: Callable[[Path], object]) -> Contestant:
             return Contestant(name, lambda: load(path), _SIZE >> 20, lambda: before(path))
