@@ -71,6 +71,7 @@ def main() -> None:
     facts = machine.describe() | _gpu(torch, device)
     for name, value in facts.items():
         console.print(f"{name + ':':20} {value}", highlight=False)
+    options.place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.place) as folder:
         path = Path(folder, "model.safetensors")
         nbytes = tensors.write(path, _TENSORS, (options.gib << 30) // _TENSORS)
