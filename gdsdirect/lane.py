@@ -194,6 +194,24 @@ class Bounce(Request):
             self.land(index, 0)
 
 
+class LaneRing(AsyncUringStream):
+    """A lane's ring: its user knows nothing of it, and isn't told to close it.
+
+    The collector may end it before the lane, if both are part of a cycle.
+    """
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        if self.closed:
+            return
+        with contextlib.suppress(RuntimeError):  # of a fork's child, where there is none to close
+            if self.inflight:
+                super().__del__()
+            else:
+                self.close()
+
+
 class Lane:
     """A ring over the memory of `buffer`, which may be closed and dropped before the lane is.
 
@@ -236,12 +254,12 @@ class Lane:
 
     def _make_ring(self, twin: GpuMappedBuffer, depth: int) -> AsyncUringStream:
         if twin.kind is MemoryKind.BAR1_PEER or self.why_unregistered is not None:
-            return AsyncUringStream(twin, depth, register=False)
+            return LaneRing(twin, depth, register=False)
         try:
-            return AsyncUringStream(twin, depth, register=True)
+            return LaneRing(twin, depth, register=True)
         except OSError as error:
             self.why_unregistered = error.strerror
-        return AsyncUringStream(twin, depth, register=False)  # raises if there is no ring at all
+        return LaneRing(twin, depth, register=False)  # raises if there is no ring at all
 
     @property
     def bounce(self) -> BounceLane:

@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 import time
+import warnings
 import weakref
 from array import array
 from collections.abc import Iterator
@@ -15,9 +16,9 @@ from types import FrameType
 import pytest
 from support import run_python
 
-from gdsdirect import GpuMappedBuffer
+from gdsdirect import AsyncUringStream, GpuMappedBuffer
 from gdsdirect._uring_cmd import Source
-from gdsdirect.lane import FileReads, Lane, Request, lane_of
+from gdsdirect.lane import FileReads, Lane, LaneRing, Request, lane_of
 
 
 class Pipe:
@@ -300,3 +301,15 @@ def test_threads_that_start_at_once_share_one_lane(buffer: GpuMappedBuffer) -> N
     for thread in threads:
         thread.join()
     assert len(set(map(id, lanes))) == 1
+
+
+def test_a_ring_that_the_collector_ends_before_its_lane() -> None:
+    """Only a program's own stream is to be closed by it."""
+    with GpuMappedBuffer.from_host_visible(4096) as buffer:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            LaneRing(buffer, 8)
+            gc.collect()
+        with pytest.warns(ResourceWarning, match="unclosed stream"):
+            AsyncUringStream(buffer, 8)
+            gc.collect()
