@@ -303,13 +303,16 @@ def test_threads_that_start_at_once_share_one_lane(buffer: GpuMappedBuffer) -> N
     assert len(set(map(id, lanes))) == 1
 
 
+def drop(kind: type[AsyncUringStream], buffer: GpuMappedBuffer) -> None:
+    kind(buffer, 8)
+    gc.collect()
+
+
 def test_a_ring_that_the_collector_ends_before_its_lane() -> None:
     """Only a program's own stream is to be closed by it."""
     with GpuMappedBuffer.from_host_visible(4096) as buffer:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            LaneRing(buffer, 8)
-            gc.collect()
+            drop(LaneRing, buffer)
         with pytest.warns(ResourceWarning, match="unclosed stream"):
-            AsyncUringStream(buffer, 8)
-            gc.collect()
+            drop(AsyncUringStream, buffer)
