@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fake_cuda import Array, CUresult, FakeDriver
@@ -10,6 +11,7 @@ from support import run_python
 
 import gdsdirect
 from gdsdirect import CudaUnavailableError, GpuMappedBuffer, cuda
+from gdsdirect.safetensors import load_file
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +44,9 @@ def test_the_package_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         pytest.raises(CudaUnavailableError, match=extra),
     ):
         file.read_into(Array(FakeDriver(), 3))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())
+    with pytest.raises(CudaUnavailableError, match=extra):
+        load_file(tmp_path / "file", "cuda:0", framework="cupy")
 
 
 def test_the_driver_is_missing() -> None:

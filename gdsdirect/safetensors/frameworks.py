@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from gdsdirect import cuda
 from gdsdirect.memory import GpuMappedBuffer
 
 _NUMPY = {
@@ -106,6 +107,8 @@ class _Torch(_Arrays):
     def __init__(self, device: str) -> None:
         self._package = _imported("torch", "torch")
         self._device = self._package.device(device)
+        if self._device.type == "cuda":
+            cuda.start()  # says what is missing, where something is
 
     def _shape(self, dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         if dtype not in _PAIRS:
@@ -141,6 +144,7 @@ class _CuPy(_Arrays):
         if kind != "cuda" or not (number or "0").isdecimal():
             raise ValueError(f"device is {device!r}: CuPy's arrays are on cuda:0, cuda:1, …")
         self._package = _imported("cupy", "CuPy")
+        cuda.start()
         self._device = self._package.cuda.Device(int(number or 0))
 
     def memory(self, nbytes: int) -> Any:
