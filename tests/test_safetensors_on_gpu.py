@@ -95,9 +95,14 @@ SHAPES: list[tuple[int, ...]] = [(), (7,), (0, 3), (3, 5), (2_000_003,)]
 
 
 @pytest.mark.parametrize("padding", [0, 1])
-@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:1"])
+@pytest.mark.parametrize(("device", "ordinal"), [("cuda", 0), ("cuda:0", 0), ("cuda:1", 1), (1, 1)])
 def test_cupy(
-    device: str, padding: int, tmp_path: Path, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+    device: object,
+    ordinal: int,
+    padding: int,
+    tmp_path: Path,
+    driver: FakeDriver,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With a header whose length is odd, what is of several bytes is copied into its own memory."""
     monkeypatch.setitem(sys.modules, "cupy", Cupy(driver))
@@ -111,7 +116,7 @@ def test_cupy(
         assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
         assert found[name].tobytes() == array.tobytes()
     memory = found["last"]._memory
-    assert driver.allocated[memory.address][0] == int(device.partition(":")[2] or 0)
+    assert driver.allocated[memory.address][0] == ordinal
     assert (found["1"]._memory is memory) == (padding == 0)
     (result,) = found.reads.values()
     assert result.nbytes == result.bounce_bytes == sum(each.nbytes for each in wanted.values())

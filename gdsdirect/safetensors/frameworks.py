@@ -173,7 +173,7 @@ _FRAMEWORKS: Mapping[str, type[_NumPy | _Torch | _CuPy]] = {
 
 def framework_of(name: str | None, device: object) -> Framework:
     """The framework of this name, or the device's own, for tensors on the device."""
-    place = str(device)
+    place = f"cuda:{device}" if isinstance(device, int) else str(device)
     wanted = DEFAULTS.get(place.partition(":")[0]) if name is None else name
     if wanted is None:
         raise ValueError(f"device is {device!r}: give 'cpu', or 'cuda:0' and so on")
