@@ -36,10 +36,10 @@ def load_file(
 ) -> Tensors:
     """Read all tensors of a safetensors file, or of a checkpoint by its index (`….index.json`).
 
-    `device` is "cpu", or "cuda:0" (or 0) and so on. The arrays are those of `framework`: "numpy" (the
-    default on the CPU; for bfloat16 and the 8-bit floats it needs the package ml_dtypes), "torch"
-    (the default on a GPU) or "cupy". Those of one file share its memory, which lives as long as any
-    of them; what isn't aligned there is a copy.
+    `device` is "cpu", or "cuda:0" (or 0) and so on. The arrays are those of `framework`: "numpy"
+    (the default on the CPU; for bfloat16 and the 8-bit floats it needs the package ml_dtypes),
+    "torch" (the default on a GPU) or "cupy". Those of one file share its memory, which lives as
+    long as any of them; what isn't aligned there is a copy.
 
     A file is read past the page cache, unless that seems to have it; `direct` decides, if given.
     With `progress` a bar is shown (by Rich), or it is called with the bytes so far and all of them.
