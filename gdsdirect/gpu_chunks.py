@@ -236,7 +236,7 @@ class GpuChunkStream:
             released = asyncio.Event()
             self._wanted = lambda: loop.call_soon_threadsafe(released.set)
             try:
-                while self._in_hand is not None and not self._free and not self._ahead:
+                while self._is_full():
                     await released.wait()
                     released.clear()
             finally:
@@ -245,6 +245,11 @@ class GpuChunkStream:
         if chunk is None:
             raise StopAsyncIteration
         return chunk
+
+    def _is_full(self) -> bool:
+        """Whether a chunk is there, and all that it waits for is a place."""
+        there = self._in_hand is not None and not self._closed
+        return there and not self._free and not self._ahead
 
     # ---- The end
 
@@ -268,6 +273,8 @@ class GpuChunkStream:
         """Read nothing more, and wait for what is in flight. Chunks keep their bytes."""
         with self._turn:
             self._closed = True
+            if self._wanted is not None:  # whoever waits for a place is told
+                self._wanted()
             self._give_up()
 
     async def aclose(self) -> None:

@@ -170,6 +170,21 @@ def test_asyncio(file: File, driver: FakeDriver) -> None:
     assert asyncio.run(read()) == DATA[: 20 * SIZE]
 
 
+def test_closing_wakes_who_waits_for_a_slot(file: File, driver: FakeDriver) -> None:
+    async def read() -> None:
+        stream = file.stream(Array(driver, 2 * SIZE), chunk_size=SIZE)
+        held = [await anext(stream), await anext(stream)]
+        waiting = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        await stream.aclose()
+        with pytest.raises(ValueError, match="the stream is closed"):
+            await asyncio.wait_for(waiting, 10)
+        assert len(held) == 2
+
+    asyncio.run(read())
+
+
 def read_all(stream: GpuChunkStream) -> None:
     for chunk in stream:
         chunk.release()
