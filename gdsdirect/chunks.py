@@ -350,6 +350,25 @@ def size_of_chunks(chunk_size: int | None, nbytes: int) -> int:
 
 
 def stream_of(
+    buffer: Buffer | OnGpu,
+    chunk_size: int | None,
+    supplies: Supplies,
+    require: Collection[DataPath] | None,
+    *,
+    aligned: bool,
+) -> ChunkStream | GpuChunkStream:
+    """A stream through slots of `buffer`, for chunks of so many bytes.
+
+    `aligned` says that they begin at multiples of it in their file.
+    """
+    if is_on_gpu(buffer):
+        from gdsdirect import gpu_chunks  # which is above this module
+
+        return gpu_chunks.stream_of(buffer, chunk_size, supplies, require, aligned=aligned)
+    return host_stream_of(buffer, chunk_size, supplies, require, aligned=aligned)
+
+
+def host_stream_of(
     buffer: Buffer,
     chunk_size: int | None,
     supplies: Supplies,
@@ -357,10 +376,7 @@ def stream_of(
     *,
     aligned: bool,
 ) -> ChunkStream:
-    """A stream through slots of `buffer`, for chunks of so many bytes.
-
-    `aligned` says that they begin at multiples of it in their file.
-    """
+    """`stream_of` for memory of the host, or what is mapped there."""
     memory = buffer if isinstance(buffer, GpuMappedBuffer) else GpuMappedBuffer.from_object(buffer)
     size = size_of_chunks(chunk_size, memory.nbytes)
     # A chunk that begins in the midst of a block is read from the block's start.
@@ -427,13 +443,10 @@ def stream_files(
     >>> sizes == [os.path.getsize(path) for path in paths]
     True
     """
-    ways = permitted(require)
-
-    def supplies(size: int, ways: Collection[DataPath] | None) -> Supply:
-        return ManyFiles(paths, size, ways, direct=direct)
-
-    if is_on_gpu(buffer):
-        from gdsdirect import gpu_chunks  # which is above this module
-
-        return gpu_chunks.stream_of(buffer, chunk_size, supplies, ways, aligned=True)
-    return stream_of(buffer, chunk_size, supplies, ways, aligned=True)
+    return stream_of(
+        buffer,
+        chunk_size,
+        lambda size, ways: ManyFiles(paths, size, ways, direct=direct),
+        permitted(require),
+        aligned=True,
+    )

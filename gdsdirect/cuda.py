@@ -303,7 +303,6 @@ class Pinned:
             # runs too, while the driver is there still.
             self._undo = weakref.finalize(self, _unregister, on, memory.address, memory)
             self.address = int(on.call("cuMemHostGetDevicePointer", memory.address, 0))
-        self.ordinal = ordinal
 
 
 def _unregister(device: Device, address: int, memory: Memory) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Self, overload
 
 from gdsdirect.chunks import ChunkStream, stream_of
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from gdsdirect._uring_cmd import Source
     from gdsdirect.cuda import DeviceMemory, OnGpu
     from gdsdirect.gpu_chunks import GpuChunkStream
-    from gdsdirect.stream import DataPath
 
 
 def open(
@@ -260,17 +259,13 @@ class File:
             raise ValueError(f"offset is {offset}, size {size}: give bytes, 0 or more")
         have = max(0, self.size - offset)
         whole = Range(offset, have if size is None else min(size, have), 0)
-        ways = permitted(require)
-
-        def supplies(most: int, ways: Collection[DataPath] | None) -> OneFile:
-            return OneFile(self._origin, whole, most, ways)
-
-        aligned = offset % GRAIN == 0
-        if not isinstance(buffer, GpuMappedBuffer) and is_on_gpu(buffer):
-            from gdsdirect import gpu_chunks  # which is above this module
-
-            return gpu_chunks.stream_of(buffer, chunk_size, supplies, ways, aligned=aligned)
-        return stream_of(buffer, chunk_size, supplies, ways, aligned=aligned)
+        return stream_of(
+            buffer,
+            chunk_size,
+            lambda most, ways: OneFile(self._origin, whole, most, ways),
+            permitted(require),
+            aligned=offset % GRAIN == 0,
+        )
 
     def _range(
         self,

@@ -9,16 +9,15 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from gdsdirect import cufile
-from gdsdirect.chunks import stream_of
+from gdsdirect.chunks import host_stream_of
 from gdsdirect.cuda import LEGACY, Copies, Device, DeviceMemory, Event, device, stream_handle
 from gdsdirect.errors import CudaError, WayClosedError
 from gdsdirect.memory import GpuMappedBuffer
-from gdsdirect.origin import BEST_FIRST
 from gdsdirect.plan import Range
 from gdsdirect.relay import UndrainedError, relay
 from gdsdirect.stream import DataPath
 from gdsdirect.supply import GRAIN, OneFile
-from gdsdirect.transfer import ReadResult, Require, permitted
+from gdsdirect.transfer import ReadResult, Require, permitted, result_of
 
 if TYPE_CHECKING:
     from gdsdirect.file import File
@@ -151,14 +150,18 @@ def read_into(
             return _by_cufile(file, memory, wanted, handle)
         except cufile.RefusedError as refused:
             obstacle = str(refused)
-    others = None if ways is None else [way for way in ways if way is not DataPath.CUFILE]
     try:
-        return _by_relay(file, memory, wanted, others, handle, obstacle)
+        return _by_relay(file, memory, wanted, ways_to_slots(ways), handle, obstacle)
     except WayClosedError as error:
         if ways is None or DataPath.CUFILE not in ways:
             raise
         closed = {**error.obstacles, DataPath.CUFILE.name: obstacle}
         raise WayClosedError(file.path, closed) from None
+
+
+def ways_to_slots(ways: Collection[DataPath] | None) -> Collection[DataPath] | None:
+    """Of the ways that are allowed, those that lead into memory of the host."""
+    return None if ways is None else [way for way in ways if way is not DataPath.CUFILE]
 
 
 # ---- cuFile
@@ -222,7 +225,7 @@ def _by_relay(
         copies = theirs or slots.copies
         copies.follow(memory.after)
         whole = wanted._replace(size=max(0, min(wanted.size, file.size - wanted.offset)))
-        with stream_of(
+        with host_stream_of(
             slots.buffer,
             _SLOT,
             lambda most, ways: OneFile(
@@ -243,7 +246,5 @@ def _by_relay(
         pool.give_back(slots)
     else:
         pool.lend(slots, memory, relayed.mark)
-    reasons = [f"CUFILE is closed: {obstacle}", *relayed.reasons]
-    taken = {way: relayed.ways[way] for way in BEST_FIRST if way in relayed.ways}
-    path = next(reversed(taken), relayed.path)
-    return ReadResult(relayed.nbytes, path, "; ".join(reasons), relayed.nbytes, taken, relayed.mark)
+    nbytes, reasons = relayed.nbytes, [f"CUFILE is closed: {obstacle}", *relayed.reasons]
+    return result_of(nbytes, relayed.ways, relayed.path, reasons, nbytes, relayed.mark)

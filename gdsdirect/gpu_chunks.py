@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from gdsdirect import chunks
 from gdsdirect.cuda import LEGACY, DeviceMemory, Event, device, stream_handle
 from gdsdirect.errors import CudaError, WayClosedError
-from gdsdirect.gpu import Pool, Slots, pool_of
+from gdsdirect.gpu import Pool, Slots, pool_of, ways_to_slots
 from gdsdirect.relay import next_of
 from gdsdirect.stream import DataPath
 
@@ -138,19 +138,20 @@ class GpuChunkStream:
     @property
     def progress(self) -> StreamProgress:
         """How far it is now; what is being copied is in flight too."""
+        host = self._host.progress
         ahead = [each for each in list(self._ahead) if isinstance(each, _Copied)]
         return chunks.StreamProgress(
             self._nbytes,
-            self._host.progress.total,
+            host.total,
             time.monotonic() - self._begun if self._begun else 0.0,
-            self._host.progress.in_flight + sum(copied.chunk.nbytes for copied in ahead),
+            host.in_flight + sum(copied.chunk.nbytes for copied in ahead),
             self._places - len(self._free) - len(ahead),
             dict(self._ways),
         )
 
     def _put_back(self, place: int, stream: int) -> None:
         slots = self._slots
-        if slots is not None and not self._closed:
+        if slots is not None:
             slots.copies.follow(stream)
         self._free.append(place)
         if self._wanted is not None:
@@ -311,7 +312,7 @@ def stream_of(
 ) -> GpuChunkStream:
     """`chunks.stream_of` for GPU memory."""
     memory = DeviceMemory.of(target)
-    ways = None if require is None else [way for way in require if way is not DataPath.CUFILE]
+    ways = ways_to_slots(require)
     if ways is not None and not ways:
         raise WayClosedError("the stream", {DataPath.CUFILE.name: _WHY})
     size = chunks.size_of_chunks(chunk_size, memory.nbytes)
@@ -326,5 +327,5 @@ def stream_of(
         memory,
         places,
         pool_of(device(memory.device)),
-        lambda slots: chunks.stream_of(slots.buffer, size, supplies, ways, aligned=aligned),
+        lambda slots: chunks.host_stream_of(slots.buffer, size, supplies, ways, aligned=aligned),
     )

@@ -58,9 +58,9 @@ class GpuMappedBuffer(Memory):
     (8192, 'HOST_VISIBLE', 0)
     """
 
-    __slots__ = ("__weakref__", "_gpu", "_kind", "_lanes", "_made_of")
+    __slots__ = ("__weakref__", "_device_address", "_kind", "_lanes", "_made_of")
     _kind: MemoryKind
-    _gpu: tuple[int, int] | None  # the address at which a GPU sees it, and that GPU's ordinal
+    _device_address: int | None
     _made_of: tuple[object, int, int]
     # The rings of File, which is above this module: by the event loop that each belongs to.
     _lanes: WeakKeyDictionary[Any, Any]
@@ -81,7 +81,7 @@ class GpuMappedBuffer(Memory):
     def _make(cls, kind: MemoryKind, owner: object, *, address: int = 0, nbytes: int = 0) -> Self:
         self = cls(owner, address, nbytes)
         self._kind = kind
-        self._gpu = None
+        self._device_address = None
         self._made_of = (owner, address, nbytes)
         self._lanes = WeakKeyDictionary()
         return self
@@ -178,7 +178,7 @@ class GpuMappedBuffer(Memory):
 
         pinned = Pinned(plain, device)
         buffer = cls._make(plain.kind, pinned, address=plain.address, nbytes=plain.nbytes)
-        buffer._gpu = pinned.address, device
+        buffer._device_address = pinned.address
         return buffer
 
     @classmethod
@@ -272,7 +272,7 @@ class GpuMappedBuffer(Memory):
         Given by `from_host_visible(…, device=)`. ValueError once the buffer is closed.
         """
         _ = self.address
-        return None if self._gpu is None else self._gpu[0]
+        return self._device_address
 
     def view(self) -> memoryview:
         """A writable memoryview of all bytes. `close()` waits for its release."""

@@ -336,16 +336,17 @@ class ManyFiles:
     def _read(
         self, lane: Lane, way: DataPath, some: list[_Opened], slots: list[int]
     ) -> Generator[Request, None, Loaded]:
+        sizes = [size for _, _, size in some]
         arrays = (
             array("Q", bytes(8 * len(some))),
-            array("I", [size + -size % GRAIN for _, _, size in some]),
+            array("I", [size + -size % GRAIN for size in sizes]),
             array("Q", slots),
         )
         request = FilesReads(lane, _sources(some), arrays, fixed=lane.ring.registered)
         yield from _started(request)
         landed = _landed(some, slots, way, lane.why_unregistered)
         for index, (_, nbytes) in request.short.items():
-            if nbytes < some[index][2]:
+            if nbytes < sizes[index]:
                 landed[index] = yield from self._again(lane, some[index], slots[index])
         return landed
 

@@ -66,6 +66,20 @@ class ReadResult:
     event: Event | None = None
 
 
+def result_of(
+    nbytes: int,
+    ways: Mapping[DataPath, int],
+    way: DataPath,
+    reasons: Iterable[str],
+    bounced: int,
+    event: Event | None = None,
+) -> ReadResult:
+    """The result of bytes that went these ways; of none at all they would have gone by `way`."""
+    taken = {each: ways[each] for each in BEST_FIRST if ways.get(each)}
+    path = next(reversed(taken), way)
+    return ReadResult(nbytes, path, "; ".join(reasons) or None, bounced, taken, event)
+
+
 class _Came(NamedTuple):
     """Bytes that a run brought, and how many of them by way of a slot."""
 
@@ -317,10 +331,7 @@ class Transfer:
         )
 
     def _result(self, nbytes: int) -> ReadResult:
-        ways = {way: self._ways[way] for way in BEST_FIRST if self._ways.get(way)}
-        path = next(reversed(ways), self._way)
-        why = "; ".join(self._reasons) or None
-        return ReadResult(nbytes, path, why, self._bounced, ways)
+        return result_of(nbytes, self._ways, self._way, self._reasons, self._bounced)
 
 
 def _commands(namespace: Namespace, plan: Plan, address: int) -> bytes:

@@ -37,8 +37,8 @@ _SMALL_FLOATS = {
 }
 _PAIRS = {"F4": "float4_e2m1fn_x2"}
 
-DEFAULTS: Mapping[str, str] = {"cpu": "numpy", "cuda": "torch"}
-"""The framework that each kind of device has, where none is asked for."""
+# Of each kind of device the framework, where none is asked for.
+_DEFAULTS = {"cpu": "numpy", "cuda": "torch"}
 
 
 class Framework(Protocol):
@@ -66,9 +66,6 @@ class _Arrays:
         if found is None:
             raise TypeError(f"{self.name} has no {dtype}: read the tensor with another framework")
         return found
-
-    def _shape(self, dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape
 
 
 class _NumPy(_Arrays):
@@ -174,7 +171,7 @@ _FRAMEWORKS: Mapping[str, type[_NumPy | _Torch | _CuPy]] = {
 def framework_of(name: str | None, device: object) -> Framework:
     """The framework of this name, or the device's own, for tensors on the device."""
     place = f"cuda:{device}" if isinstance(device, int) else str(device)
-    wanted = DEFAULTS.get(place.partition(":")[0]) if name is None else name
+    wanted = _DEFAULTS.get(place.partition(":")[0]) if name is None else name
     if wanted is None:
         raise ValueError(f"device is {device!r}: give 'cpu', or 'cuda:0' and so on")
     if wanted not in _FRAMEWORKS:

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from gdsdirect.safetensors.frameworks import Framework, framework_of
 from gdsdirect.safetensors.header import BITS, Entry
-from gdsdirect.safetensors.shards import Checkpoint, Piece, Shard, find, together
+from gdsdirect.safetensors.shards import Checkpoint, Shard, find, together
 from gdsdirect.safetensors.slices import Index, select
 from gdsdirect.transfer import ReadResult
 
@@ -57,10 +57,7 @@ class TensorFile:
     def get_tensor(self, name: str) -> Any:
         """The tensor of this name. KeyError where there is none."""
         shard, entry = self._find(name)
-        self._framework.type_of(entry.dtype)
-        piece = shard.read(self._framework, [entry.offset], entry.nbytes)
-        self._note(piece)
-        return self._framework.array(piece.memory, piece.place, entry.dtype, entry.shape)
+        return self._bring(shard, entry, [entry.offset], entry.nbytes, entry.shape)
 
     def get_slice(self, name: str) -> TensorSlice:
         """The tensor of this name, to be indexed: what the index takes is read. KeyError where
@@ -87,10 +84,17 @@ class TensorFile:
         shard = self._checkpoint.where[name]
         return shard, shard.header.tensors[name]
 
-    def _note(self, piece: Piece) -> None:
+    def _bring(
+        self, shard: Shard, entry: Entry, starts: list[int], nbytes: int, shape: tuple[int, ...]
+    ) -> Any:
+        """An array of this shape, of `nbytes` from each of these places in the file."""
+        framework = self._framework
+        framework.type_of(entry.dtype)
+        piece = shard.read(framework, starts, nbytes)
         with self._lock:
             results = [each for each in (self._came, piece.result) if each is not None]
             self._came = together(results) if results else None
+        return framework.array(piece.memory, piece.place, entry.dtype, shape)
 
 
 class TensorSlice:
@@ -111,11 +115,9 @@ class TensorSlice:
         return self._entry.dtype
 
     def __getitem__(self, index: Index | tuple[Index, ...]) -> Any:
-        entry, framework = self._entry, self._file._framework
+        entry = self._entry
         if BITS[entry.dtype] % 8:
             raise TypeError(f"elements of {entry.dtype} are no whole bytes: read the whole tensor")
-        framework.type_of(entry.dtype)
         starts, nbytes, shape, left = select(entry.shape, BITS[entry.dtype] // 8, index)
-        piece = self._shard.read(framework, [entry.offset + start for start in starts], nbytes)
-        self._file._note(piece)
-        return framework.array(piece.memory, piece.place, entry.dtype, shape)[left]
+        places = [entry.offset + start for start in starts]
+        return self._file._bring(self._shard, entry, places, nbytes, shape)[left]

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from gdsdirect.file import File
 from gdsdirect.lane import read_once
 from gdsdirect.memory import GpuMappedBuffer
-from gdsdirect.origin import BEST_FIRST
 from gdsdirect.safetensors.frameworks import Framework
 from gdsdirect.safetensors.header import SafetensorsError, read_header, stamp_of
-from gdsdirect.transfer import ReadResult
+from gdsdirect.stream import DataPath
+from gdsdirect.transfer import ReadResult, result_of
 
 _PAGE = 4096  # bytes; what lies alike in file and memory against it can be read directly
 _PIECE = 256 << 20  # bytes between two reports of progress: so large that the pause doesn't show
@@ -115,17 +115,15 @@ class Shard:
 
 def together(results: Sequence[ReadResult]) -> ReadResult:
     """Several results as one: the least way that any of them took, and all reasons."""
-    bytes_of: Counter[Any] = Counter()
+    bytes_of: Counter[DataPath] = Counter()
     for result in results:
         bytes_of.update(result.ways)
-    ways = {way: bytes_of[way] for way in BEST_FIRST if bytes_of[way]}
-    reasons = dict.fromkeys(result.why for result in results if result.why is not None)
-    return ReadResult(
+    return result_of(
         sum(result.nbytes for result in results),
-        next(reversed(ways), results[-1].path),
-        "; ".join(reasons) or None,
+        bytes_of,
+        results[-1].path,
+        dict.fromkeys(result.why for result in results if result.why is not None),
         sum(result.bounce_bytes for result in results),
-        ways,
     )
 
 
