@@ -10,12 +10,12 @@ CPU is read into, by those who can: so the script itself is tried where there is
 
 import argparse
 import importlib
-import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,12 @@ from rich.progress import Progress
 import gdsdirect
 import gdsdirect.safetensors
 from benchmarks import machine, report, scratch, tensors
-from benchmarks.measure import no_collections
+from benchmarks.measure import CPU, RATE, Figures, Turn, figures_of, no_collections, take_turns
 from benchmarks.results import Result
 from benchmarks.rows import Bound
 from gdsdirect import GpuMappedBuffer
 
-_RATE, _CPU = "MiB/s", "CPU ms/GiB"
+_OURS = "gdsdirect"
 _TENSORS = 64
 _PIECE = 64 << 20
 _LARGE = 4 << 20  # bytes of a task of kvikio's, its default
@@ -83,8 +83,10 @@ def main() -> None:
             readers, missing = _tried(makers)
             notes += missing
             with Progress(console=console, transient=True) as progress:
-                turns = progress.track(range(options.rounds), description=title)
-                figures = _take_turns(path, readers, nbytes, turns)
+                turns = {name: _turn(path, read, nbytes) for name, read in readers.items()}
+                task = progress.add_task(title, total=options.rounds * len(turns))
+                advance = partial(progress.advance, task)
+                figures = take_turns(turns, options.rounds, advance)
             results += _compared(title, figures, pairs)
         results += _starts(path, device, options.rounds, notes)
         notes.append(f"gdsdirect: {_way(torch, path, device)}")
@@ -171,7 +173,7 @@ def _file(
         return lambda: memory.copy_(pinned, non_blocking=True)
 
     readers = {
-        "gdsdirect": ours,
+        _OURS: ours,
         "kvikio": kvikio,
         "readinto, copy": plain,
         "the drive alone": drive,
@@ -209,7 +211,7 @@ def _checkpoint(
 
         return read
 
-    names = {"gdsdirect": ours, "safetensors": package, "fastsafetensors": fast}
+    names = {_OURS: ours, "safetensors": package, "fastsafetensors": fast}
     return names, dict.fromkeys(["safetensors", "fastsafetensors"], Bound(1, at_most=False))
 
 
@@ -243,28 +245,18 @@ def _way(torch: Any, path: Path, device: Any) -> str:
 # ---- Clocks
 
 
-def _take_turns(
-    path: Path,
-    readers: dict[str, Reader],
-    nbytes: int,
-    rounds: Iterable[int],
-) -> dict[str, dict[str, list[float]]]:
-    figures: dict[str, dict[str, list[float]]] = {name: {_RATE: [], _CPU: []} for name in readers}
-    names = list(readers)
-    for number in rounds:
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            with path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            with no_collections():
-                busy, begun = time.process_time(), time.perf_counter()
-                kept = readers[name]()
-                _synchronize()
-                seconds, cpu = time.perf_counter() - begun, time.process_time() - busy
-            del kept
-            figures[name][_RATE].append(nbytes / seconds / (1 << 20))
-            figures[name][_CPU].append(cpu * 1000 / (nbytes / (1 << 30)))
-    return figures
+def _turn(path: Path, read: Reader, nbytes: int) -> Turn:
+    def turn() -> Figures:
+        scratch.forget(path)
+        with no_collections():
+            busy, begun = time.process_time(), time.perf_counter()
+            kept = read()
+            _synchronize()
+            seconds, cpu = time.perf_counter() - begun, time.process_time() - busy
+        del kept
+        return figures_of(nbytes, seconds, cpu)
+
+    return turn
 
 
 def _synchronize() -> None:
@@ -274,13 +266,16 @@ def _synchronize() -> None:
 
 
 def _compared(
-    title: str, figures: dict[str, dict[str, list[float]]], pairs: dict[str, Bound | None]
+    title: str, figures: dict[str, list[Figures]], pairs: dict[str, Bound | None]
 ) -> list[Result]:
+    def of(name: str, unit: str) -> list[float]:
+        return [turn[unit] for turn in figures[name]]
+
     return [
-        Result(title, "gdsdirect", over, unit, of[unit], figures[over][unit], bound)
+        Result(title, _OURS, over, unit, of(_OURS, unit), of(over, unit), bound)
         for over, asked in pairs.items()
-        if over in figures and (of := figures.get("gdsdirect"))
-        for unit, bound in ((_RATE, asked), (_CPU, None))
+        if over in figures and _OURS in figures
+        for unit, bound in ((RATE, asked), (CPU, None))
     ]
 
 
@@ -295,7 +290,7 @@ def _starts(path: Path, device: Any, rounds: int, notes: list[str]) -> list[Resu
         notes.append(f"No row of starting: {error.stderr.strip().splitlines()[-1]}")
         return []
     title, bound = "from import to the first bytes", Bound(1 / 20)
-    return [Result(title, "gdsdirect", "cuFileDriverOpen", "ns", ours, theirs, bound)]
+    return [Result(title, _OURS, "cuFileDriverOpen", "ns", ours, theirs, bound)]
 
 
 def _said(script: str, *arguments: str) -> float:

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from benchmarks.results import Result
@@ -21,6 +21,39 @@ def no_collections() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+# ---- Turns of seconds, each with a clock of its own
+
+
+RATE, CPU = "MiB/s", "CPU ms/GiB"
+
+Figures = dict[str, float]
+"""Of a turn, by their units."""
+
+Turn = Callable[[], Figures]
+
+
+def figures_of(nbytes: float, seconds: float, cpu: float) -> Figures:
+    """Of so many bytes, in so many seconds, for which processors took `cpu` seconds."""
+    return {RATE: nbytes / seconds / (1 << 20), CPU: cpu * 1000 / (nbytes / (1 << 30))}
+
+
+def take_turns(
+    turns: Mapping[str, Turn], rounds: int, on_turn: Callable[[], object]
+) -> dict[str, list[Figures]]:
+    """All in every round, and who begins changes from round to round."""
+    figures: dict[str, list[Figures]] = {name: [] for name in turns}
+    names = list(turns)
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            figures[name].append(turns[name]())
+            on_turn()
+    return figures
+
+
+# ---- Slices, of contestants of one process
 
 
 def _timed(contestant: Contestant, passes: int) -> float:

@@ -22,3 +22,9 @@ def write(path: str | os.PathLike[str], nbytes: int) -> None:
             file.write(piece[: nbytes - start])
         file.flush()
         os.fsync(file.fileno())
+
+
+def forget(path: str | os.PathLike[str]) -> None:
+    """Clear the page cache of a file, so that the next read of it is the drive's."""
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

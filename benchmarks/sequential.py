@@ -18,7 +18,7 @@ from pathlib import Path
 
 import gdsdirect
 from benchmarks import scratch
-from benchmarks.measure import no_collections
+from benchmarks.measure import CPU, RATE, Figures, Turn, figures_of, no_collections, take_turns
 from benchmarks.results import Result
 from benchmarks.rows import Bound
 from gdsdirect import DataPath, File, GpuMappedBuffer, WayClosedError
@@ -34,27 +34,18 @@ _WAY = DataPath.FILE_FIXED
 _TITLE = f"a file of {_FILE >> 30} GiB in order, O_DIRECT, {_NBYTES >> 20} MiB a read"
 _STREAM, _INTO = "file.stream", f"file.read_into, {_PIECE >> 20} MiB"
 _FIO, _FIO_SMALL_PAGES = "fio, huge pages", "fio, its own memory"
-_RATE, _CPU = "MiB/s", "CPU ms/GiB"
 _FAST, _CHEAP = Bound(0.97, at_most=False), Bound(1)
 
 # Who, over whom, of what, bound.
 _PAIRS = (
-    (_STREAM, _FIO, _RATE, _FAST),
-    (_STREAM, _FIO, _CPU, _CHEAP),
-    (_INTO, _FIO, _RATE, _FAST),
-    (_INTO, _FIO, _CPU, _CHEAP),
-    (_STREAM, _FIO_SMALL_PAGES, _RATE, None),
-    (_STREAM, _FIO_SMALL_PAGES, _CPU, None),
+    (_STREAM, _FIO, RATE, _FAST),
+    (_STREAM, _FIO, CPU, _CHEAP),
+    (_INTO, _FIO, RATE, _FAST),
+    (_INTO, _FIO, CPU, _CHEAP),
+    (_STREAM, _FIO_SMALL_PAGES, RATE, None),
+    (_STREAM, _FIO_SMALL_PAGES, CPU, None),
 )
 TURNS = 4  # of contestants in a round
-
-Figures = dict[str, float]
-Turn = Callable[[], Figures]
-
-
-def _figures(nbytes: float, seconds: float, cpu: float) -> Figures:
-    return {_RATE: nbytes / seconds / (1 << 20), _CPU: cpu * 1000 / (nbytes / (1 << 30))}
-
 
 # ---- Ours
 
@@ -85,7 +76,7 @@ def _passes(run: Callable[[], int], passes: int) -> Turn:
             seconds, cpu = time.perf_counter() - begun, time.process_time() - busy
         if nbytes != passes * _FILE:
             raise RuntimeError(f"{nbytes} bytes came of {passes * _FILE}")
-        return _figures(nbytes, seconds, cpu)
+        return figures_of(nbytes, seconds, cpu)
 
     return turn
 
@@ -110,7 +101,7 @@ def _fio(path: str, passes: int, *more: str, **environment: str) -> Turn:
         if read["io_bytes"] != passes * _FILE:
             raise RuntimeError(f"fio: {read['io_bytes']} bytes came of {passes * _FILE}")
         cpu = (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"]
-        return _figures(read["io_bytes"], read["runtime"] / 1000, cpu / 1000)
+        return figures_of(read["io_bytes"], read["runtime"] / 1000, cpu / 1000)
 
     return turn
 
@@ -158,15 +149,9 @@ def measure(rounds: int, on_turn: Callable[[], object]) -> tuple[list[Result], l
     free = shutil.disk_usage(scratch.PLACE).free
     if free < _ROOM:
         return [], [f"No file is read in order: {free:,} bytes are free for it, of {_ROOM:,}."]
-    figures: dict[str, list[Figures]] = {}
     try:
         with _turns() as turns:
-            names = list(turns)
-            for number in range(rounds):
-                first = number % len(names)
-                for name in names[first:] + names[:first]:
-                    figures.setdefault(name, []).append(turns[name]())
-                    on_turn()
+            figures = take_turns(turns, rounds, on_turn)
     except WayClosedError as error:
         return [], [f"No file is read in order: {error}"]
 

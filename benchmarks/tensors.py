@@ -72,13 +72,8 @@ def cached() -> Iterator[Row]:
 def cold() -> Iterator[Row]:
     title = f"safetensors of {_SIZE >> 20} MiB from the drive"
 
-    def before(path: Path) -> None:
-        """No pass finds what another one left in the page cache."""
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
     def load(path: Path) -> object:
         return gdsdirect.safetensors.load_file(path, direct=True)
 
-    with _row(title, load, Bound(1.3, at_most=False), before) as row:
+    with _row(title, load, Bound(1.3, at_most=False), scratch.forget) as row:
         yield row
