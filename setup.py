@@ -19,7 +19,10 @@ MISSING = (
     "pkg-config`, or build without the ring by GDSDIRECT_URING_CMD=0"
 )
 
-RING_FILES = ("uring_cmd", "submit", "reap", "memory", "source", "open", "alias", "ask", "dlpack")
+RING_FILES = (
+    *("uring_cmd", "ringobject", "submit", "check", "batch", "reap", "sqe", "ring"),
+    *("memory", "source", "open", "alias", "ask", "dlpack"),
+)
 
 # Symbols are hidden except PyInit. setuptools lets CFLAGS take the place of CPython's own flags, so
 # that without an optimisation of our own `CFLAGS=-Werror pip install .` would build without any.

@@ -1,6 +1,7 @@
 /*
  * What the kernel can do, asked of it by doing it in small: versions do not tell, since distributions
- * carry features back, and sysctl, seccomp and security modules take them away.
+ * carry features back, and sysctl, seccomp and security modules take them away. And what a controller
+ * says of itself.
  */
 #include "module.h"
 
@@ -8,11 +9,13 @@
 #include <fcntl.h>
 #include <liburing.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "dioalign.h"
+#include "nvme_abi.h"
 
 #define PAGE 4096
 
@@ -160,4 +163,44 @@ gdsdirect_direct_alignment(PyObject *Py_UNUSED(module), PyObject *args)
     }
     const struct dioalign found = dioalign_of(&info);
     return Py_BuildValue("(II)", found.memory, found.offset);
+}
+
+/* nvme_identify(fd, cns, nsid) -> bytes: the Identify command's 4096-byte data structure. */
+PyObject *
+gdsdirect_nvme_identify(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    int fd, result;
+    unsigned int cns, nsid;
+    if (!PyArg_ParseTuple(args, "iII:nvme_identify", &fd, &cns, &nsid)) {
+        return NULL;
+    }
+    PyObject *data = PyBytes_FromStringAndSize(NULL, 4096);
+    if (data == NULL) {
+        return NULL;
+    }
+    struct nvme_kernel_cmd cmd = {
+        .opcode = NVME_ADMIN_IDENTIFY,
+        .nsid = nsid,
+        .addr = (uintptr_t)PyBytes_AS_STRING(data),
+        .data_len = 4096,
+        .cdw10 = cns,
+    };
+    Py_BEGIN_ALLOW_THREADS
+    result = ioctl(fd, NVME_IOCTL_ADMIN_CMD, &cmd);
+    Py_END_ALLOW_THREADS
+    if (result == 0) {
+        return data;
+    }
+    Py_DECREF(data);
+    if (result > 0) {
+        /* Positive: the controller's status word, not an errno. */
+        PyObject *text = PyUnicode_FromFormat("Identify (CNS %u): NVMe status 0x%x", cns, result);
+        PyObject *values = text ? Py_BuildValue("(iN)", EIO, text) : NULL;
+        if (values != NULL) {
+            PyErr_SetObject(PyExc_OSError, values);
+            Py_DECREF(values);
+        }
+        return NULL;
+    }
+    return PyErr_SetFromErrno(PyExc_OSError);
 }

@@ -1,7 +1,7 @@
 /*
  * Completions out: consumed from the CQ, waited for, handed over.
  */
-#include "ring.h"
+#include "reap.h"
 
 #include <errno.h>
 #include <linux/futex.h>
@@ -9,6 +9,8 @@
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "sqe.h"
 
 #define RECORD_BYTES 16 /* struct "QiI": user_data, res, nbytes */
 

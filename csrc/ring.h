@@ -1,9 +1,14 @@
 /*
- * The Ring: its state, its lock, and what its files ask of one another.
+ * The Ring: its state, its lock, its errors, and its descriptors for event loops.
  *
- *   submit.c      commands in: checked, rewritten, sent
+ * What is done with a ring is in the rooms above this one. Each calls those below it, and none above:
+ *
+ *   ringobject.c  the type: made, closed and collected
+ *   submit.c      what callers submit
+ *   check.c       every bound that a command is held to
+ *   batch.c       checked commands, sent as room allows
  *   reap.c        completions out: consumed, waited for, handed over
- *   uring_cmd.c   life and death of a ring, and the module
+ *   sqe.h         an SQE made, sent, and sent again
  *
  * Locking. `lock` guards every field below it, and liburing's struct, whose submission and
  * completion queues take one thread at a time. It is held across the system call that submits, and
@@ -103,7 +108,22 @@ ring_lock(Ring *self)
     }
 }
 
-/* uring_cmd.c */
+/* Whether the kernel has CQEs that are not in the CQ yet, which it posts when it is entered. */
+static inline bool
+ring_has_deferred(const Ring *self)
+{
+    return IO_URING_READ_ONCE(*self->ring.sq.kflags) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW);
+}
+
+/* Whether this process is a fork of the ring's. */
+bool ring_is_forked(const Ring *self);
+
+/* 0, or -1 with an exception in a forked child, where the lock may be one that a thread of the
+ * parent's holds for ever. */
+int ring_check_process(const Ring *self);
+
+/* Whether this thread may enter the kernel with the ring at all. */
+int ring_check_thread(const Ring *self);
 
 /* At the head of every method that uses the ring: 0, or -1 with an exception if it is closed, in a
  * forked child, and in another thread than the one that a single_thread ring belongs to. */
@@ -119,73 +139,13 @@ PyObject *ring_raise(int outcome, const char *call);
 /* OSError for a system call that failed, with the words of errors.py. `path` may be NULL. */
 void ring_raise_errno(int number, const char *call, PyObject *path);
 
-/* submit.c */
-
-/* Takes the files of closed sources out of the ring's table: the kernel holds each as long as it is
- * there. At the head of calls that submit or reap. */
-void ring_forget_closed_locked(Ring *self);
-
-PyObject *ring_submit_nvme_passthrough(Ring *self, PyObject *const *args, Py_ssize_t nargs,
-                                       PyObject *keywords);
-PyObject *ring_submit_nvme_passthroughs(Ring *self, PyObject *args, PyObject *kwargs);
-PyObject *ring_submit_read(Ring *self, PyObject *args, PyObject *kwargs);
-PyObject *ring_submit_read_fixed(Ring *self, PyObject *args, PyObject *kwargs);
-PyObject *ring_submit_reads(Ring *self, PyObject *args, PyObject *kwargs);
-PyObject *ring_submit_reads_fixed(Ring *self, PyObject *args, PyObject *kwargs);
-PyObject *ring_submit_files(Ring *self, PyObject *args);
-
-/* Sends what the ring needs for itself, `count` times: IORING_OP_NOP to wake the leader,
- * IORING_OP_ASYNC_CANCEL to have everything cancelled. */
-void ring_send_own_locked(Ring *self, uint8_t opcode, unsigned count);
-
-/* Whether a command that came back with `res` was sent again.
- *
- * Without the registered buffer: the kernel maps that for NVMe by its pages, all that lie behind the
- * target (6.1, EINVAL) or those of the command (later, ENOMEM), and refuses more than the drive's queue
- * has segments; ordinary memory it maps by runs of pages, far fewer. Longer commands then go that way
- * at once.
- *
- * As it was, after EFAULT, some times: what finds the drive's queue frozen (a reset, a rescan) or full
- * the kernel hands to a worker thread. One that was made while this process returned from an interrupt
- * has no number of a system call in its registers, but -1; the kernel takes it for one of the x32 ABI,
- * and cuts the target's address to 32 bits (nvme_to_user_ptr; seen on 6.1, 6.12 and 7.3), where alias.h
- * has seen to it that nothing is. */
-bool ring_resend_locked(Ring *self, struct slot *slot, uint64_t id, int32_t res);
-
-/* reap.c */
-
-/* Whether the kernel has CQEs that are not in the CQ yet, which it posts when it is entered. */
-static inline bool
-ring_has_deferred(const Ring *self)
-{
-    return IO_URING_READ_ONCE(*self->ring.sq.kflags) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW);
-}
-
-/* Consumes the CQEs that are there. */
-void ring_reap_locked(Ring *self);
-
-/* Waits, without the lock, until something has changed: a CQE came, time is up, or another thread
- * did something. The caller looks again. `awaits` is how many CQEs it is waiting for. */
-int ring_wait_locked(Ring *self, unsigned awaits, int64_t deadline);
-
-/* Makes the leader come back, whether it sleeps in the kernel or is just about to: by as many CQEs
- * of our own as it waits for. */
-void ring_call_leader_locked(Ring *self);
-
 /* Wakes the event loops that wait for completions, to look again: there are more, nothing is left to
  * wait for, or the stream was closed. Each has an eventfd of its own, since one that was shared would
  * be cleared by the first to look. A CQE that nobody has consumed they see on the ring's descriptor. */
 void ring_tell_watchers_locked(Ring *self);
 
-/* Wakes the followers, to look again. */
-void ring_tell_followers_locked(Ring *self);
-
-/* None or seconds, as a moment of CLOCK_MONOTONIC in ns. -1 with an exception. */
-int ring_deadline(PyObject *timeout, int64_t *deadline);
-int64_t ring_now(void);
-
-PyObject *ring_take(Ring *self, PyObject *args);
-PyObject *ring_wait_into(Ring *self, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords);
-PyObject *ring_look(Ring *self, PyObject *ignored);
+PyObject *ring_fileno(Ring *self, PyObject *ignored);
+PyObject *ring_watch(Ring *self, PyObject *ignored);
+PyObject *ring_unwatch(Ring *self, PyObject *event);
 
 #endif

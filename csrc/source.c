@@ -6,13 +6,11 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/magic.h>
-#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
 #include "dioalign.h"
-#include "nvme_abi.h"
 
 /* ---- The descriptor ---------------------------------------------------------------------- */
 
@@ -283,45 +281,3 @@ PyType_Spec gdsdirect_source_spec = {
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
     .slots = source_slots,
 };
-
-/* ---- Identify ---------------------------------------------------------------------------- */
-
-/* nvme_identify(fd, cns, nsid) -> bytes: the Identify command's 4096-byte data structure. */
-PyObject *
-gdsdirect_nvme_identify(PyObject *Py_UNUSED(module), PyObject *args)
-{
-    int fd, result;
-    unsigned int cns, nsid;
-    if (!PyArg_ParseTuple(args, "iII:nvme_identify", &fd, &cns, &nsid)) {
-        return NULL;
-    }
-    PyObject *data = PyBytes_FromStringAndSize(NULL, 4096);
-    if (data == NULL) {
-        return NULL;
-    }
-    struct nvme_kernel_cmd cmd = {
-        .opcode = NVME_ADMIN_IDENTIFY,
-        .nsid = nsid,
-        .addr = (uintptr_t)PyBytes_AS_STRING(data),
-        .data_len = 4096,
-        .cdw10 = cns,
-    };
-    Py_BEGIN_ALLOW_THREADS
-    result = ioctl(fd, NVME_IOCTL_ADMIN_CMD, &cmd);
-    Py_END_ALLOW_THREADS
-    if (result == 0) {
-        return data;
-    }
-    Py_DECREF(data);
-    if (result > 0) {
-        /* Positive: the controller's status word, not an errno. */
-        PyObject *text = PyUnicode_FromFormat("Identify (CNS %u): NVMe status 0x%x", cns, result);
-        PyObject *values = text ? Py_BuildValue("(iN)", EIO, text) : NULL;
-        if (values != NULL) {
-            PyErr_SetObject(PyExc_OSError, values);
-            Py_DECREF(values);
-        }
-        return NULL;
-    }
-    return PyErr_SetFromErrno(PyExc_OSError);
-}

@@ -227,7 +227,7 @@ class Namespace:
     <Namespace '/dev/null', nsid 1, 2097152 blocks of 512 bytes>
     """
 
-    # The ring reads `_source` by this name (csrc/uring_cmd.c).
+    # The ring reads `_source` by this name (csrc/submit.c).
     __slots__ = (
         "__weakref__",
         "_extended",

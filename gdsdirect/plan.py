@@ -11,7 +11,7 @@ from typing import NamedTuple
 from gdsdirect._nvme_sqe import _survey
 
 SLOT = 64 << 10  # bytes of a slot; of smaller ones the handling shows in large misaligned reads
-REGISTERED = 1 << 30  # bytes of a registered buffer (csrc/ring.h); a read may not cross two
+REGISTERED = 1 << 30  # bytes of a registered buffer (csrc/check.c); a read may not cross two
 
 
 class Range(NamedTuple):

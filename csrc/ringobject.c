@@ -1,0 +1,566 @@
+/*
+ * The type Ring: made, closed and collected; its methods, and what help() says of them.
+ */
+#include "ring.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "reap.h"
+#include "sqe.h"
+#include "submit.h"
+
+#define MOST_DEPTH 32768             /* IORING_MAX_ENTRIES */
+#define REGISTERED_BYTES (1ul << 30) /* of one registered buffer at most (io_uring/rsrc.c) */
+#define CANCEL_GRACE INT64_C(1000000000)
+
+/* ---- Making a ring ----------------------------------------------------------------------- */
+
+static uint32_t
+power_of_two(uint32_t at_least)
+{
+    uint32_t power = 1;
+    while (power < at_least) {
+        power *= 2;
+    }
+    return power;
+}
+
+/* Sets up the kernel's side. 0 or a positive errno. */
+static int
+open_ring(Ring *self, uint32_t depth)
+{
+    /* The CQ has room for every command, and for as many CQEs that call the leader. With a polling
+     * thread a slot can be free before its SQE is: one entry more is for the ring's own. */
+    const bool polled = self->setup_flags & IORING_SETUP_SQPOLL;
+    uint32_t entries = power_of_two(depth + (polled && depth < MOST_DEPTH ? 1 : 0));
+    struct io_uring_params params = {
+        .flags = self->setup_flags | IORING_SETUP_SQE128 | IORING_SETUP_CQE32 |
+                 IORING_SETUP_CQSIZE | IORING_SETUP_SUBMIT_ALL,
+        .cq_entries = 2 * entries,
+        .sq_thread_idle = 100, /* ms */
+    };
+    self->fork_mark = mmap(NULL, 1, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (self->fork_mark == MAP_FAILED) {
+        self->fork_mark = NULL;
+        return errno;
+    }
+    *self->fork_mark = 1;
+    if (madvise(self->fork_mark, 1, MADV_WIPEONFORK) < 0) {
+        return errno;
+    }
+    if (!inflight_init(&self->table, depth)) {
+        return ENOMEM;
+    }
+    int result = io_uring_queue_init_params(entries, &self->ring, &params);
+    if (result < 0) {
+        self->ring.ring_fd = -1;
+    }
+    return -result;
+}
+
+/* What makes commands cheaper and can be done without: a table of registered files, so that the kernel
+ * takes no reference to the file for each command, and the ring's descriptor registered too, which
+ * holds for one thread. */
+static void
+register_what_works(Ring *self)
+{
+    self->registers_files = io_uring_register_files_sparse(&self->ring, REGISTERED_FILES) == 0;
+    if (self->setup_flags & IORING_SETUP_SINGLE_ISSUER &&
+        io_uring_register_ring_fd(&self->ring) == 1) {
+        self->enter_flags = IORING_ENTER_REGISTERED_RING;
+    }
+}
+
+/* Registers the memory with the kernel, which then pins its pages once and not for every command.
+ * 0 or a positive errno. */
+static int
+register_memory(Ring *self)
+{
+    const size_t nbytes = (size_t)self->memory.len;
+    const size_t count = (nbytes + REGISTERED_BYTES - 1) / REGISTERED_BYTES;
+    if (count >= NOT_REGISTERED) {
+        return ENOMEM;
+    }
+    struct iovec *pieces = calloc(count, sizeof(*pieces));
+    if (pieces == NULL) {
+        return ENOMEM;
+    }
+    for (size_t i = 0; i < count; i++) {
+        const size_t offset = i * REGISTERED_BYTES;
+        pieces[i].iov_base = (char *)self->memory.buf + offset;
+        pieces[i].iov_len = nbytes - offset < REGISTERED_BYTES ? nbytes - offset : REGISTERED_BYTES;
+    }
+    int result;
+    Py_BEGIN_ALLOW_THREADS
+    result = io_uring_register_buffers(&self->ring, pieces, (unsigned)count);
+    Py_END_ALLOW_THREADS
+    free(pieces);
+    if (result == 0) {
+        self->registered = (uint32_t)count;
+        self->registered_most = UINT32_MAX;
+    }
+    return -result;
+}
+
+static Ring *
+ring_alloc(PyTypeObject *type, struct module_state *module, PyObject *buffer)
+{
+    Ring *self = (Ring *)type->tp_alloc(type, 0);
+    if (self == NULL) {
+        return NULL;
+    }
+    self->module = module;
+    self->state = RING_CLOSED;
+    self->table = INFLIGHT_EMPTY;
+    self->ring.ring_fd = self->event_fd = self->epoll_fd = self->arrival_fd = -1;
+    self->owner_thread = pthread_self();
+    pthread_mutex_init(&self->lock, NULL);
+    if (PyObject_GetBuffer(buffer, &self->memory, PyBUF_WRITABLE) < 0) {
+        Py_CLEAR(self);
+    }
+    return self;
+}
+
+static PyObject *
+ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"buffer",   "depth", "single_thread", "sqpoll", "iopoll",
+                            "register", NULL};
+    PyObject *module = PyType_GetModuleByDef(type, &gdsdirect_uring_cmd_module);
+    PyObject *buffer, *registering = Py_None;
+    Py_ssize_t depth = 128;
+    int single_thread = 0, sqpoll = 0, iopoll = 0;
+    if (module == NULL ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "O|n$pppO:AsyncUringStream", names, &buffer,
+                                     &depth, &single_thread, &sqpoll, &iopoll, &registering)) {
+        return NULL;
+    }
+    struct module_state *state = PyModule_GetState(module);
+    if (!PyObject_TypeCheck(buffer, state->memory_type)) {
+        return PyErr_Format(PyExc_TypeError,
+                            "buffer must be a GpuMappedBuffer, not '%.100s': see its from_object",
+                            Py_TYPE(buffer)->tp_name);
+    }
+    if (depth < 1 || depth > MOST_DEPTH) {
+        return PyErr_Format(PyExc_ValueError, "depth is %zd, outside 1..%d", depth, MOST_DEPTH);
+    }
+    int demanded = registering == Py_None ? 0 : PyObject_IsTrue(registering);
+    if (demanded < 0) {
+        return NULL;
+    }
+    Ring *self = ring_alloc(type, state, buffer);
+    if (self == NULL) {
+        return NULL;
+    }
+    self->setup_flags = (single_thread ? IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
+                                             IORING_SETUP_TASKRUN_FLAG
+                                       : 0) |
+                        (sqpoll ? IORING_SETUP_SQPOLL : 0) | (iopoll ? IORING_SETUP_IOPOLL : 0);
+    int failed = open_ring(self, (uint32_t)depth);
+    const char *call = "io_uring_setup";
+    if (failed == 0) {
+        self->register_errno = registering == Py_False ? ENOBUFS : register_memory(self);
+        failed = demanded ? self->register_errno : 0;
+        call = "IORING_REGISTER_BUFFERS";
+    }
+    if (failed != 0) {
+        /* stream.py, which knows what was asked for, has the words. */
+        PyObject *values = Py_BuildValue("(is)", failed, call);
+        if (values != NULL) {
+            PyErr_SetObject(PyExc_OSError, values);
+            Py_DECREF(values);
+        }
+        Py_CLEAR(self);
+        return NULL;
+    }
+    register_what_works(self);
+    self->state = RING_OPEN;
+    return (PyObject *)self;
+}
+
+/* ---- Closing ----------------------------------------------------------------------------- */
+
+/* Outcomes that nobody took hold their sources still, and so does the table of registered files. */
+static void
+drop_sources_locked(Ring *self)
+{
+    while (self->table.ready > 0) {
+        holder_drop(&self->table, outcome_at(&self->table, --self->table.ready)->holder, 1);
+    }
+    for (uint32_t i = 0; i < self->table.holders_allocated; i++) {
+        if (self->table.holders[i].registered) {
+            holder_finish(&self->table, i);
+        }
+    }
+}
+
+/* Gives everything back. Nothing is in flight, and no other thread comes in any more. */
+static void
+tear_down(Ring *self)
+{
+    if (self->ring.ring_fd >= 0) {
+        const bool forked = ring_is_forked(self);
+        if (self->registers_files && !forked) {
+            /* What is left to the ring's end is let go of some time after it, by a kernel thread. */
+            io_uring_unregister_files(&self->ring);
+        }
+        if (forked || !pthread_equal(self->owner_thread, pthread_self())) {
+            /* A registered descriptor's index is its thread's; here it may be another ring's. No
+             * thread has this one, and the owner's end frees its own. */
+            self->ring.enter_ring_fd = INT_MAX;
+        }
+        io_uring_queue_exit(&self->ring);
+        self->ring.ring_fd = -1;
+    }
+    if (self->event_fd >= 0) {
+        close(self->event_fd);
+        close(self->epoll_fd);
+        self->event_fd = self->epoll_fd = -1;
+    }
+    if (self->arrival_fd >= 0) {
+        close(self->arrival_fd);
+        self->arrival_fd = -1;
+    }
+    PyBuffer_Release(&self->memory);
+}
+
+static int
+drain_locked(Ring *self, int64_t deadline)
+{
+    while (inflight_count(&self->table) > 0 || self->has_leader) {
+        if (ring_now() >= deadline) {
+            return ETIME;
+        }
+        int result = ring_wait_locked(self, inflight_count(&self->table), deadline);
+        if (result != DONE || self->state == RING_CLOSED) {
+            return result;
+        }
+    }
+    return DONE;
+}
+
+/* Refuses new commands, wakes everyone who waits, and waits for what is in flight. When time is up,
+ * cancels what can be cancelled and waits a little longer. */
+static int
+close_locked(Ring *self, int64_t deadline)
+{
+    self->state = RING_CLOSING;
+    ring_tell_followers_locked(self);
+    ring_tell_watchers_locked(self);
+    ring_reap_locked(self);
+    if (self->has_leader && !self->leader_called) {
+        ring_call_leader_locked(self);
+    }
+    int result = drain_locked(self, deadline);
+    if (result == ETIME) {
+        ring_send_own_locked(self, IORING_OP_ASYNC_CANCEL, 1);
+        result = drain_locked(self, ring_now() + CANCEL_GRACE);
+    }
+    return result;
+}
+
+static PyObject *
+ring_close(Ring *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"timeout", NULL};
+    PyObject *timeout = Py_None;
+    int64_t deadline;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O:close", names, &timeout) ||
+        ring_deadline(timeout, &deadline) < 0) {
+        return NULL;
+    }
+    if (self->state == RING_CLOSED) {
+        Py_RETURN_NONE;
+    }
+    if (ring_check_thread(self) < 0) {
+        return NULL;
+    }
+    ring_lock(self);
+    int result = self->state != RING_CLOSED ? close_locked(self, deadline) : DONE;
+    uint32_t left = inflight_count(&self->table);
+    const bool last = result == DONE && self->state != RING_CLOSED;
+    if (last) {
+        self->state = RING_CLOSED; /* from here on no other thread touches the ring */
+        drop_sources_locked(self);
+    }
+    ring_unlock(self);
+    if (last) {
+        tear_down(self);
+    }
+    if (result == ETIME) {
+        return PyErr_Format(PyExc_TimeoutError,
+                            "%u commands are still in flight and can't be cancelled: the stream "
+                            "takes no more, call close() again to wait for them",
+                            left);
+    }
+    if (result != DONE) {
+        return ring_raise(result, "io_uring_enter");
+    }
+    Py_RETURN_NONE;
+}
+
+/* ---- Collecting -------------------------------------------------------------------------- */
+
+static int
+ring_traverse(Ring *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    /* With commands in flight the kernel owns the memory: unvisited, it and all that keeps it
+     * mapped look alive to the collector, which so can't free them in a cycle with the stream. */
+    if (inflight_count(&self->table) == 0) {
+        Py_VISIT(self->memory.obj);
+    }
+    return 0; /* sources hold no Python objects that could be part of a cycle */
+}
+
+static void
+ring_finalize(Ring *self)
+{
+    if (self->state == RING_CLOSED || ring_is_forked(self)) {
+        return;
+    }
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    ring_lock(self);
+    ring_reap_locked(self);
+    uint32_t left = inflight_count(&self->table);
+    ring_unlock(self);
+    int failed = left == 0
+                     ? PyErr_ResourceWarning((PyObject *)self, 1, "unclosed stream %R", self)
+                     : PyErr_ResourceWarning((PyObject *)self, 1,
+                                             "stream collected with %u commands in flight: its "
+                                             "memory is never freed; close() it",
+                                             left);
+    if (failed) {
+        PyErr_WriteUnraisable((PyObject *)self);
+    }
+    PyErr_Restore(type, value, traceback);
+}
+
+/* What nobody can be waiting for any more. With commands in flight the ring, the memory and its
+ * owner are left to the kernel for good: it may write there as long as the process lives. */
+static void
+ring_dealloc(Ring *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    if (PyObject_CallFinalizerFromDealloc((PyObject *)self) < 0) {
+        return;
+    }
+    PyObject_GC_UnTrack(self);
+    if (inflight_count(&self->table) == 0 || ring_is_forked(self)) {
+        drop_sources_locked(self);
+        tear_down(self);
+        Source *source;
+        while ((source = inflight_finished_source(&self->table)) != NULL) {
+            Py_DECREF(source);
+        }
+    }
+    if (self->fork_mark != NULL) {
+        munmap(self->fork_mark, 1);
+    }
+    for (size_t i = 0; i < self->watcher_count; i++) {
+        close(self->watchers[i]);
+    }
+    free(self->watchers);
+    inflight_destroy(&self->table);
+    pthread_mutex_destroy(&self->lock);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+/* ---- Attributes -------------------------------------------------------------------------- */
+
+/* _counters() -> ((submitted, registered, completed, failed, nbytes), …), by way. */
+static PyObject *
+ring_counters(Ring *self, PyObject *Py_UNUSED(ignored))
+{
+    struct counters counters[WAYS];
+    if (ring_check_process(self) < 0) {
+        return NULL;
+    }
+    ring_lock(self);
+    memcpy(counters, self->counters, sizeof(counters));
+    ring_unlock(self);
+
+    PyObject *ways = PyTuple_New(WAYS);
+    for (int i = 0; ways != NULL && i < WAYS; i++) {
+        const struct counters *way = &counters[i];
+        PyObject *item =
+            Py_BuildValue("(KKKKK)", (unsigned long long)way->submitted,
+                          (unsigned long long)way->registered, (unsigned long long)way->completed,
+                          (unsigned long long)way->failed, (unsigned long long)way->nbytes);
+        if (item == NULL) {
+            Py_CLEAR(ways);
+            break;
+        }
+        PyTuple_SET_ITEM(ways, i, item);
+    }
+    return ways;
+}
+
+static PyObject *
+ring_get_inflight(Ring *self, void *Py_UNUSED(closure))
+{
+    if (ring_check_process(self) < 0) {
+        return NULL;
+    }
+    ring_lock(self);
+    size_t inflight = inflight_count(&self->table) + self->table.ready;
+    ring_unlock(self);
+    return PyLong_FromSize_t(inflight);
+}
+
+static PyObject *
+ring_get_closed(const Ring *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(self->state != RING_OPEN);
+}
+
+static PyObject *
+ring_get_depth(const Ring *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromUnsignedLong(self->table.depth);
+}
+
+static PyObject *
+ring_get_registered(const Ring *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(self->registered > 0);
+}
+
+static PyGetSetDef ring_getset[] = {
+    {"closed", (getter)ring_get_closed, NULL, "Whether close() was called.", NULL},
+    {"depth", (getter)ring_get_depth, NULL, "Commands that the kernel has at once, at most.", NULL},
+    {"inflight", (getter)ring_get_inflight, NULL,
+     "Commands submitted whose completion was not handed out yet.", NULL},
+    {"registered", (getter)ring_get_registered, NULL,
+     "Whether the buffer is registered with the kernel.", NULL},
+    {0},
+};
+
+/* ---- Type -------------------------------------------------------------------------------- */
+
+#define KEYWORDS(function) ((PyCFunction)(void (*)(void))(function))
+
+PyDoc_STRVAR(
+    passthrough_doc,
+    "submit_nvme_passthrough($self, namespace, commands, *, user_data=None)\n--\n\n"
+    "Submit NVMe read commands by io_uring passthrough (IORING_OP_URING_CMD); returns their\n"
+    "user_data as a range, in order.\n\n"
+    "namespace is a Namespace; commands a contiguous buffer of n * 64 bytes, as packed by\n"
+    "encode_nvme_read_sqe. Each command is checked: its opcode and reserved bytes, its namespace\n"
+    "id, its LBA range against the capacity, its length against max_transfer, its destination\n"
+    "against this stream's buffer, which must hold all of it, at a multiple of 4. If one is bad,\n"
+    "ValueError names it and none is submitted. More commands than the ring has room for are taken\n"
+    "all the same: the call then waits for completions, which a later wait() hands out.\n\n"
+    "user_data is the first command's (0..2**64-1), the next ones count up from it; by default the\n"
+    "stream counts. Raises ValueError if the namespace has metadata or is closed, OSError if the\n"
+    "kernel takes no more; a note on the exception says how many were submitted before.\n");
+
+PyDoc_STRVAR(
+    passthroughs_doc,
+    "submit_nvme_passthroughs($self, batches, *, user_data=None)\n--\n\n"
+    "Submit read commands to several namespaces; returns the user_data of each batch as a range.\n\n"
+    "batches is a sequence of (namespace, commands), each as submit_nvme_passthrough takes them, and\n"
+    "checked so: one bad command, and none of any batch is submitted. Where they don't fit the ring\n"
+    "together, each namespace has its share of the slots, refilled as its own commands complete, so\n"
+    "that every drive's queue is kept full, and a slow drive holds up no other. user_data count up\n"
+    "through all batches. A namespace's share is depth / number of batches with commands left.\n");
+
+PyDoc_STRVAR(
+    read_doc,
+    "submit_read($self, file, file_offset, nbytes, target_offset, *, user_data=None)\n--\n\n"
+    "Submit a read of a file into the buffer (IORING_OP_READ); returns its user_data.\n\n"
+    "file is an object with fileno(), or a descriptor; the read goes on if it is closed meanwhile.\n"
+    "file_offset, nbytes and target_offset are bytes. This is the way of files into peer memory,\n"
+    "where the file must be open with O_DIRECT, and all three be multiples of the drive's block\n"
+    "size. ValueError for a range outside the buffer.\n");
+
+PyDoc_STRVAR(
+    read_fixed_doc,
+    "submit_read_fixed($self, file, file_offset, nbytes, target_offset, *, user_data=None)\n--\n\n"
+    "Submit a read of a file into the registered buffer (IORING_OP_READ_FIXED); returns its\n"
+    "user_data.\n\n"
+    "As submit_read, for host memory, whose pages the kernel pinned once when the stream was made.\n"
+    "OSError says why if it couldn't register the buffer: peer memory it never can.\n");
+
+PyDoc_STRVAR(
+    reads_doc,
+    "submit_reads($self, file, file_offsets, nbytes, target_offsets, *, user_data=None)\n--\n\n"
+    "Submit n reads of a file into the buffer in one call; returns their user_data as a range.\n\n"
+    "Each as submit_read does. file_offsets and target_offsets are contiguous buffers of n 64-bit\n"
+    "integers (array('Q'), NumPy), nbytes an int for all or a buffer of n 32-bit integers.\n"
+    "ValueError names the first read that is outside the buffer; none is submitted then.\n");
+
+PyDoc_STRVAR(
+    reads_fixed_doc,
+    "submit_reads_fixed($self, file, file_offsets, nbytes, target_offsets, *, user_data=None)\n"
+    "--\n\n"
+    "Submit n reads of a file into the registered buffer in one call, each as submit_read_fixed\n"
+    "does; returns their user_data as a range. The arguments are those of submit_reads.\n");
+
+PyDoc_STRVAR(
+    wait_into_doc,
+    "wait_into($self, out, count=1, timeout=None)\n--\n\n"
+    "Wait for at least count completions and write all that fit into out; returns how many.\n\n"
+    "out is a writable buffer of 16-byte records, COMPLETION_FORMAT: user_data (uint64), the\n"
+    "kernel's result (int32: negative errno; for passthrough else an NVMe status, 0 is success; for\n"
+    "file reads else bytes), bytes read (uint32). Fewer than count when timeout (seconds) has\n"
+    "passed or nothing is left in flight. ValueError if count records don't fit.\n");
+
+PyDoc_STRVAR(
+    close_doc,
+    "close($self, /, timeout=None)\n--\n\n"
+    "Take no more commands, wait for those in flight, and give everything back.\n\n"
+    "Threads that wait get ValueError. Completions that nobody took are dropped. When timeout\n"
+    "(seconds) has passed, what can be cancelled is cancelled; TimeoutError if commands are in\n"
+    "flight even then: the memory stays held, and close() can be called again.\n");
+
+PyDoc_STRVAR(
+    fileno_doc,
+    "fileno($self, /)\n--\n\n"
+    "A descriptor that is readable while completions wait, for select, poll and asyncio.\n");
+
+static PyMethodDef ring_methods[] = {
+    {"submit_nvme_passthrough", KEYWORDS(ring_submit_nvme_passthrough),
+     METH_FASTCALL | METH_KEYWORDS, passthrough_doc},
+    {"submit_nvme_passthroughs", KEYWORDS(ring_submit_nvme_passthroughs),
+     METH_VARARGS | METH_KEYWORDS, passthroughs_doc},
+    {"submit_read", KEYWORDS(ring_submit_read), METH_VARARGS | METH_KEYWORDS, read_doc},
+    {"submit_read_fixed", KEYWORDS(ring_submit_read_fixed), METH_VARARGS | METH_KEYWORDS,
+     read_fixed_doc},
+    {"submit_reads", KEYWORDS(ring_submit_reads), METH_VARARGS | METH_KEYWORDS, reads_doc},
+    {"submit_reads_fixed", KEYWORDS(ring_submit_reads_fixed), METH_VARARGS | METH_KEYWORDS,
+     reads_fixed_doc},
+    {"wait_into", KEYWORDS(ring_wait_into), METH_FASTCALL | METH_KEYWORDS, wait_into_doc},
+    {"close", KEYWORDS(ring_close), METH_VARARGS | METH_KEYWORDS, close_doc},
+    {"fileno", (PyCFunction)ring_fileno, METH_NOARGS, fileno_doc},
+    {"_submit_files", (PyCFunction)ring_submit_files, METH_VARARGS, NULL},
+    {"_take", (PyCFunction)ring_take, METH_VARARGS, NULL},
+    {"_watch", (PyCFunction)ring_watch, METH_NOARGS, NULL},
+    {"_unwatch", (PyCFunction)ring_unwatch, METH_O, NULL},
+    {"_look", (PyCFunction)ring_look, METH_NOARGS, NULL},
+    {"_counters", (PyCFunction)ring_counters, METH_NOARGS, NULL},
+    {0},
+};
+
+static PyType_Slot ring_slots[] = {
+    {Py_tp_new, ring_new},
+    {Py_tp_dealloc, ring_dealloc},
+    {Py_tp_finalize, ring_finalize},
+    {Py_tp_traverse, ring_traverse},
+    {Py_tp_methods, ring_methods},
+    {Py_tp_getset, ring_getset},
+    {0, NULL},
+};
+
+PyType_Spec gdsdirect_ring_spec = {
+    .name = "gdsdirect._uring_cmd.Ring",
+    .basicsize = sizeof(Ring),
+    .flags =
+        Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = ring_slots,
+};
