@@ -261,3 +261,9 @@ send_batches(Ring *self, struct batch *batches, size_t n, PyObject *user_data)
     ring_unlock(self);
     return result == DONE ? 0 : raise_unsent(result, batches, n);
 }
+
+int
+send_batch(Ring *self, struct batch *batch, PyObject *user_data)
+{
+    return send_batches(self, batch, 1, user_data);
+}

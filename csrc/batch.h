@@ -37,4 +37,7 @@ void batch_clear(struct batch *batch);
  * them. -1 with an exception. */
 int send_batches(Ring *self, struct batch *batches, size_t n, PyObject *user_data);
 
+/* The same of one, which most calls have: the compiler makes code of its own for it. */
+int send_batch(Ring *self, struct batch *batch, PyObject *user_data);
+
 #endif

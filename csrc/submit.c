@@ -103,7 +103,7 @@ ring_submit_nvme_passthrough(Ring *self, PyObject *const *args, Py_ssize_t nargs
     }
     batch.sent = 0;
     if (passthrough_batch(self, &batch, args[0], args[1]) == 0 &&
-        send_batches(self, &batch, 1, user_data) == 0) {
+        send_batch(self, &batch, user_data) == 0) {
         tokens = range_of(batch.first_user_data, batch.count);
     }
     batch_clear(&batch);
@@ -277,7 +277,7 @@ send_file_reads(Ring *self, struct batch *batch, PyObject *file, bool fixed, PyO
         return -1;
     }
     batch->way = way_of(batch->source, fixed);
-    return send_batches(self, batch, 1, user_data);
+    return send_batch(self, batch, user_data);
 }
 
 static PyObject *
