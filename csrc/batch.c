@@ -32,24 +32,13 @@ batch_clear(struct batch *batch)
     Py_XDECREF(batch->source);
 }
 
-/* Takes back the commands that the kernel has not consumed, and returns their number. It reads the
- * queue only inside io_uring_enter, so they are still ours; with a polling thread they are not. */
+/* Takes back the commands that the kernel has not consumed, and returns their number. */
 static size_t
 take_back_locked(Ring *self, struct batch *batches, size_t n)
 {
-    struct io_uring_sq *sq = &self->ring.sq;
-    if (self->setup_flags & IORING_SETUP_SQPOLL) {
-        return 0;
-    }
-    const unsigned head = io_uring_smp_load_acquire(sq->khead);
-    const unsigned tail = sq->sqe_tail;
     size_t taken_back = 0;
-    for (unsigned i = head; i != tail; i++) {
-        const struct io_uring_sqe *sqe = &sq->sqes[(size_t)(i & sq->ring_mask) * 2];
-        struct slot *slot = inflight_find(&self->table, sqe->user_data);
-        if (slot == NULL) {
-            continue;
-        }
+    struct slot *slot;
+    while ((slot = ring_unconsumed_locked(self)) != NULL) {
         for (struct batch *batch = batches; batch < batches + n; batch++) {
             batch->sent -= slot->user_data - batch->first_user_data < batch->count;
         }
@@ -58,8 +47,6 @@ take_back_locked(Ring *self, struct batch *batches, size_t n)
         inflight_undo(&self->table, slot);
         taken_back++;
     }
-    sq->sqe_head = sq->sqe_tail = head;
-    io_uring_smp_store_release(sq->ktail, head);
     return taken_back;
 }
 
@@ -141,27 +128,13 @@ send_locked(Ring *self, struct batch *batches, size_t n, size_t left)
         }
         if (result == EAGAIN || result == EBUSY) {
             /* No slot, or no memory for a request: both come back with a completion. */
-            if (inflight_count(&self->table) == 0 || batches->source->borrowed) {
+            if (inflight_count(&self->table) == 0) {
                 return result;
             }
             result = ring_wait_locked(self, 1, NO_DEADLINE);
         }
         if (result != DONE) {
             return result;
-        }
-    }
-    return DONE;
-}
-
-/* Where the batches don't fit at once, gives those that borrow a descriptor one of their own: the
- * caller's may be closed, and its number reused, while they wait for room. */
-static int
-own_descriptors_locked(Ring *self, struct batch *batches, size_t n, size_t commands)
-{
-    for (size_t i = 0; i < n && commands > self->table.free_count; i++) {
-        if (!gdsdirect_source_own(batches[i].source)) {
-            batches[i].failed = errno;
-            return NO_DESCRIPTOR;
         }
     }
     return DONE;
@@ -186,20 +159,21 @@ hold_and_send_locked(Ring *self, struct batch *batches, size_t n, size_t command
         held++;
     }
     if (result == DONE) {
-        result = own_descriptors_locked(self, batches, n, commands);
-    }
-    if (result == DONE) {
         result = send_locked(self, batches, n, commands);
     }
     while (held > 0) {
-        holder_drop(&self->table, batches[--held].holder, 1);
+        const struct batch *batch = &batches[--held];
+        if (!batch->lasting) {
+            holder_release(&self->table.holders[batch->holder]); /* the kernel has the file */
+        }
+        holder_drop(&self->table, batch->holder, 1);
     }
     return result;
 }
 
 /* The exception for batches that were not sent, or not whole. Returns -1. */
 static int
-raise_unsent(int result, const struct batch *batches, size_t n)
+raise_unsent(const Ring *self, int result, const struct batch *batches, size_t n)
 {
     if (result == SOURCE_IS_CLOSED) {
         const struct batch *closed = batches;
@@ -208,11 +182,8 @@ raise_unsent(int result, const struct batch *batches, size_t n)
         }
         PyErr_Format(PyExc_ValueError, "%S is closed", closed->source->path);
     }
-    else if (result == NO_DESCRIPTOR) { /* files are read a batch at a time */
-        ring_raise_errno(batches->failed, "duplicating the descriptor", batches->source->path);
-    }
     else {
-        ring_raise(result, "io_uring_enter");
+        ring_raise(self, result, "io_uring_enter");
     }
     for (const struct batch *batch = batches; batch < batches + n; batch++) {
         if (batch->sent > 0) {
@@ -225,6 +196,25 @@ raise_unsent(int result, const struct batch *batches, size_t n)
         }
     }
     return -1;
+}
+
+/* Waits until no request that was given up may write to where the batches go. */
+static int
+clear_the_way(Ring *self, const struct batch *batches, size_t n)
+{
+    uint64_t low = UINT64_MAX, high = 0;
+    if (atomic_load(&self->module->given_up.count) == 0) {
+        return DONE;
+    }
+    for (const struct batch *batch = batches; batch < batches + n; batch++) {
+        for (size_t i = 0; i < batch->count; i++) {
+            const struct command *command = &batch->commands[i];
+            const uint64_t end = command->address + command->nbytes;
+            low = command->address < low ? command->address : low;
+            high = end > high ? end : high;
+        }
+    }
+    return ring_clear_the_way(self->module, low, high, NO_DEADLINE);
 }
 
 int
@@ -247,8 +237,14 @@ send_batches(Ring *self, struct batch *batches, size_t n, PyObject *user_data)
             return -1;
         }
     }
+    const int blocked = clear_the_way(self, batches, n);
+    if (blocked != DONE) {
+        return raise_unsent(self, blocked, batches, n);
+    }
     ring_lock(self);
-    ring_forget_closed_locked(self);
+    if (self->state == RING_OPEN) {
+        ring_forget_closed_locked(self);
+    }
     if (!given) {
         first = self->next_token;
         self->next_token += commands;
@@ -259,7 +255,7 @@ send_batches(Ring *self, struct batch *batches, size_t n, PyObject *user_data)
     }
     int result = hold_and_send_locked(self, batches, n, commands);
     ring_unlock(self);
-    return result == DONE ? 0 : raise_unsent(result, batches, n);
+    return result == DONE ? 0 : raise_unsent(self, result, batches, n);
 }
 
 int

@@ -6,15 +6,6 @@
 
 #include "ring.h"
 
-/* A checked command. Copied out of the caller's memory, which other threads may change between the
- * check and the last command's turn. */
-struct command {
-    uint64_t position;
-    uint64_t address;
-    uint32_t nbytes;
-    uint16_t registered; /* the registered buffer that it falls into, or NOT_REGISTERED */
-};
-
 /* Commands from one source, one way. */
 struct batch {
     Source *source; /* a reference of the batch's own */
@@ -25,7 +16,6 @@ struct batch {
     size_t count;
     size_t sent;
     uint64_t first_user_data;
-    int failed;             /* errno of NO_DESCRIPTOR */
     struct command few[64]; /* saves an allocation */
 };
 

@@ -76,22 +76,17 @@ refuse(const Ring *self, const Source *source, Py_ssize_t index, const struct nv
         PyErr_Format(PyExc_ValueError,
                      "command %zd: dest_bar1_ptr %s and %llu bytes lie outside the stream's "
                      "buffer, %zd bytes at %p",
-                     index, address, (unsigned long long)nbytes, self->memory.len,
-                     self->memory.buf);
+                     index, address, (unsigned long long)nbytes, self->memory->nbytes,
+                     self->memory->address);
     }
     return -1;
 }
 
-/* 64 bytes of the caller's, as a command that may be sent. False: `read` breaks a rule, or `wrong` says
- * what is. */
+/* A command as it is sent. False: `read` breaks a rule, or `wrong` says what is. */
 static inline bool
-check_command(const struct bounds *bounds, const unsigned char *wire, struct command *command,
-              struct nvme_read *read, const char **wrong)
+check_bounds(const struct bounds *bounds, const struct nvme_read *read, struct command *command,
+             const char **wrong)
 {
-    *wrong = wire_decode(wire, read);
-    if (*wrong != NULL) {
-        return false;
-    }
     const uint64_t nbytes = (uint64_t)read->blocks << bounds->lba_shift;
     const uint64_t offset = read->address - bounds->start; /* below it: wraps, huge */
     if (read->nsid != bounds->nsid || read->lba >= bounds->capacity ||
@@ -113,14 +108,23 @@ check_command(const struct bounds *bounds, const unsigned char *wire, struct com
     return true;
 }
 
+/* 64 bytes of the caller's, as a command that may be sent. False: as above. */
+static inline bool
+check_command(const struct bounds *bounds, const unsigned char *wire, struct command *command,
+              struct nvme_read *read, const char **wrong)
+{
+    *wrong = wire_decode(wire, read);
+    return *wrong == NULL && check_bounds(bounds, read, command, wrong);
+}
+
 static struct bounds
 bounds_of(const Ring *self, const Source *source)
 {
     const uint32_t most = self->registered_most;
-    const Memory *memory = (const Memory *)self->memory.obj;
+    const Memory *memory = self->memory;
     return (struct bounds){
-        .start = (uintptr_t)self->memory.buf,
-        .room = (uint64_t)self->memory.len,
+        .start = (uintptr_t)self->memory->address,
+        .room = (uint64_t)self->memory->nbytes,
         .capacity = source->capacity,
         .nsid = source->nsid,
         .lba_shift = source->lba_shift,
@@ -129,8 +133,22 @@ bounds_of(const Ring *self, const Source *source)
         /* What it can't map of a registered buffer Linux 6.12 copies, and says nothing: its own pages
          * are then the drive's target (blk_rq_map_user_iov). Unregistered memory it maps or refuses. */
         .most_registered = most < source->safe_transfer ? most : source->safe_transfer,
-        .exposed = memory->exposed ? memory->aliases : NULL,
+        .exposed = memory->exposed ? &self->module->aliases : NULL,
     };
+}
+
+/* -1 with ValueError for a namespace that can't be read. */
+static int
+check_format(const Source *source)
+{
+    if (source->metadata_size == 0) {
+        return 0;
+    }
+    PyErr_Format(PyExc_ValueError,
+                 "%S is formatted with %u bytes of metadata a block, which gdsdirect does not "
+                 "transfer: use a namespace formatted without",
+                 source->path, source->metadata_size);
+    return -1;
 }
 
 int
@@ -140,14 +158,8 @@ check_commands(const Ring *self, struct batch *batch, const Py_buffer *wire)
         PyErr_Format(PyExc_ValueError, "commands has %zd bytes, not a multiple of 64", wire->len);
         return -1;
     }
-    if (batch->source->metadata_size != 0) {
-        PyErr_Format(PyExc_ValueError,
-                     "%S is formatted with %u bytes of metadata a block, which gdsdirect does not "
-                     "transfer: use a namespace formatted without",
-                     batch->source->path, batch->source->metadata_size);
-        return -1;
-    }
-    if (batch_allocate(batch, (size_t)wire->len / WIRE_BYTES) < 0) {
+    if (check_format(batch->source) < 0 ||
+        batch_allocate(batch, (size_t)wire->len / WIRE_BYTES) < 0) {
         return -1;
     }
     const struct bounds bounds = bounds_of(self, batch->source);
@@ -189,7 +201,7 @@ in_range(PyObject *integer, const char *name, int64_t least, int64_t most, int64
 static inline int64_t
 most_bytes(const Ring *self)
 {
-    return self->memory.len < MOST_BYTES ? self->memory.len : MOST_BYTES;
+    return self->memory->nbytes < MOST_BYTES ? self->memory->nbytes : MOST_BYTES;
 }
 
 int
@@ -197,14 +209,14 @@ check_file_read(const Ring *self, struct command *command, PyObject *file_offset
                 PyObject *target_offset)
 {
     int64_t position, length, target;
-    const int64_t room = self->memory.len;
+    const int64_t room = self->memory->nbytes;
     if (in_range(nbytes, "nbytes", 1, most_bytes(self), &length) < 0 ||
         in_range(target_offset, "target_offset", 0, room - length, &target) < 0 ||
         in_range(file_offset, "file_offset", 0, INT64_MAX - length, &position) < 0) {
         return -1;
     }
     command->position = (uint64_t)position;
-    command->address = (uintptr_t)self->memory.buf + (uint64_t)target;
+    command->address = (uintptr_t)self->memory->address + (uint64_t)target;
     command->nbytes = (uint32_t)length;
     command->registered = registered_buffer(self->registered, (uint64_t)target, (uint32_t)length);
     return 0;
@@ -242,33 +254,46 @@ read_arrays_get(const Ring *self, struct read_arrays *arrays, PyObject *file_off
     return 0;
 }
 
+/* Read `index` of the arrays, fetched once: other threads may change them. */
+static inline struct command
+fetch_read(const struct read_arrays *arrays, size_t index, uint64_t *target)
+{
+    struct command command = {.nbytes = arrays->one_size, .registered = NOT_REGISTERED};
+    memcpy(&command.position, (const char *)arrays->offsets.buf + index * 8, 8);
+    memcpy(target, (const char *)arrays->targets.buf + index * 8, 8);
+    if (arrays->has_sizes) {
+        memcpy(&command.nbytes, (const char *)arrays->sizes.buf + index * 4, 4);
+    }
+    return command;
+}
+
+/* ValueError for a read that may not be sent. Returns -1. */
+static int
+refuse_read(const Ring *self, size_t index, const struct command *command, uint64_t target)
+{
+    PyErr_Format(PyExc_ValueError,
+                 "read %zu: file_offset is %llu, nbytes %u, target_offset %llu: the buffer has "
+                 "%lld bytes, a read at most %lld, and a file ends before 2**63",
+                 index, (unsigned long long)command->position, command->nbytes,
+                 (unsigned long long)target, (long long)self->memory->nbytes,
+                 (long long)most_bytes(self));
+    return -1;
+}
+
 int
 check_array_read(const Ring *self, const struct read_arrays *arrays, size_t index,
                  struct command *command)
 {
-    const uint64_t room = (uint64_t)self->memory.len;
-    uint64_t position, target;
-    uint32_t nbytes = arrays->one_size;
-    memcpy(&position, (const char *)arrays->offsets.buf + index * 8, 8);
-    memcpy(&target, (const char *)arrays->targets.buf + index * 8, 8);
-    if (arrays->has_sizes) {
-        memcpy(&nbytes, (const char *)arrays->sizes.buf + index * 4, 4);
+    const uint64_t room = (uint64_t)self->memory->nbytes;
+    uint64_t target;
+    *command = fetch_read(arrays, index, &target);
+    const uint32_t nbytes = command->nbytes;
+    if (nbytes < 1 || nbytes > most_bytes(self) || target > room - nbytes ||
+        command->position > (uint64_t)INT64_MAX - nbytes) {
+        return refuse_read(self, index, command, target);
     }
-    const bool sized = nbytes >= 1 && nbytes <= most_bytes(self);
-    if (!sized || target > room - nbytes || position > (uint64_t)INT64_MAX - nbytes) {
-        PyErr_Format(PyExc_ValueError,
-                     "read %zu: file_offset is %llu, nbytes %u, target_offset %llu: the buffer has "
-                     "%llu bytes, a read at most %lld, and a file ends before 2**63",
-                     index, (unsigned long long)position, nbytes, (unsigned long long)target,
-                     (unsigned long long)room, (long long)most_bytes(self));
-        return -1;
-    }
-    *command = (struct command){
-        .position = position,
-        .address = (uintptr_t)self->memory.buf + target,
-        .nbytes = nbytes,
-        .registered = registered_buffer(self->registered, target, nbytes),
-    };
+    command->address = (uintptr_t)self->memory->address + target;
+    command->registered = registered_buffer(self->registered, target, nbytes);
     return 0;
 }
 
@@ -282,6 +307,137 @@ check_array_reads(const Ring *self, const struct read_arrays *arrays, struct bat
         if (check_array_read(self, arrays, i, &batch->commands[i]) < 0) {
             return -1;
         }
+    }
+    return 0;
+}
+
+/* ---- Requests ---------------------------------------------------------------------------- */
+
+/* A read of whole blocks of a namespace, told in bytes: `target` is its place in the memory that the
+ * bounds are of. -1 with ValueError. */
+static int
+check_blocks(const Ring *self, const struct bounds *bounds, const Source *source, size_t index,
+             struct command *command, uint64_t target)
+{
+    const uint64_t block = UINT64_C(1) << bounds->lba_shift;
+    const char *wrong = NULL;
+    const struct nvme_read read = {
+        .lba = command->position >> bounds->lba_shift,
+        .address = bounds->start + target,
+        .nsid = bounds->nsid,
+        .blocks = command->nbytes >> bounds->lba_shift,
+    };
+    if ((command->position | command->nbytes) & (block - 1) || read.blocks < 1 ||
+        read.blocks > NVME_MAX_BLOCKS) {
+        PyErr_Format(PyExc_ValueError,
+                     "read %zu: %u bytes at offset %llu of %S are not 1 to 65536 whole blocks of "
+                     "%llu bytes",
+                     index, command->nbytes, (unsigned long long)command->position, source->path,
+                     (unsigned long long)block);
+        return -1;
+    }
+    if (!check_bounds(bounds, &read, command, &wrong)) {
+        return wrong != NULL ? (PyErr_Format(PyExc_ValueError, "read %zu: %s", index, wrong), -1)
+                             : refuse(self, source, (Py_ssize_t)index, &read);
+    }
+    return 0;
+}
+
+/* Read `index` into its place. */
+static int
+check_placed(const Ring *self, const struct bounds *bounds, struct request *request,
+             const struct read_arrays *arrays, size_t index, bool fixed)
+{
+    struct command *command = &request->commands[index];
+    if (bounds != NULL) {
+        uint64_t target;
+        *command = fetch_read(arrays, index, &target);
+        return check_blocks(self, bounds, request->sources[0], index, command, target);
+    }
+    if (check_array_read(self, arrays, index, command) < 0) {
+        return -1;
+    }
+    if (!fixed) {
+        command->registered = NOT_REGISTERED;
+    }
+    else if (command->registered == NOT_REGISTERED) {
+        PyErr_Format(PyExc_ValueError, "read %zu doesn't fall into one registered buffer", index);
+        return -1;
+    }
+    return 0;
+}
+
+/* Read `index` into a bounce slot, of which `wanted` bytes go to its place. */
+static int
+check_bounced(const Ring *self, const struct bounds *bounds, struct request *request,
+              const struct read_arrays *arrays, const struct wanted_arrays *wanted, size_t index,
+              bool fixed)
+{
+    const uint64_t room = (uint64_t)self->memory->nbytes;
+    struct command *command = &request->commands[index];
+    struct bounce *bounce = &request->bounces[index];
+    uint64_t target;
+    *command = fetch_read(arrays, index, &target);
+    memcpy(&bounce->skip, (const char *)wanted->skips.buf + index * 4, 4);
+    memcpy(&bounce->wanted, (const char *)wanted->sizes.buf + index * 4, 4);
+    const uint32_t nbytes = command->nbytes;
+    if (nbytes < 1 || nbytes > BOUNCE_SLOT_BYTES || bounce->skip > nbytes ||
+        bounce->wanted > nbytes - bounce->skip || bounce->wanted > room ||
+        target > room - bounce->wanted || command->position > (uint64_t)INT64_MAX - nbytes) {
+        return refuse_read(self, index, command, target);
+    }
+    if (bounds != NULL) {
+        if (check_blocks(self, bounds, request->sources[0], index, command, 0) < 0) {
+            return -1;
+        }
+    }
+    else {
+        command->registered = fixed ? 0 : NOT_REGISTERED; /* which one, take_bounce_locked says */
+    }
+    command->address = (uintptr_t)self->memory->address + target;
+    return 0;
+}
+
+/* Those of bounce slots: what goes into the whole of one is in the bounds. */
+static struct bounds
+bounds_of_bounce(const Ring *self, const Source *source)
+{
+    struct bounds bounds = bounds_of(self, source);
+    const Memory *memory = self->bounce.memory;
+    bounds.start = (uintptr_t)memory->address;
+    bounds.room = BOUNCE_SLOT_BYTES;
+    bounds.registered = self->bounce.registered != NOT_REGISTERED;
+    bounds.exposed = memory->exposed ? &self->module->aliases : NULL;
+    return bounds;
+}
+
+int
+check_request(const Ring *self, struct request *request, const struct read_arrays *arrays,
+              const struct wanted_arrays *wanted, bool fixed)
+{
+    struct bounds bounds;
+    const Source *source = request->source_count > 0 ? request->sources[0] : NULL;
+    const bool is_nvme = source != NULL && source->is_nvme;
+    request->low = UINT64_MAX;
+    if (is_nvme) {
+        if (check_format(source) < 0) {
+            return -1;
+        }
+        bounds = wanted == NULL ? bounds_of(self, source) : bounds_of_bounce(self, source);
+    }
+    for (size_t i = 0; i < request->count; i++) {
+        const int failed =
+            wanted == NULL
+                ? check_placed(self, is_nvme ? &bounds : NULL, request, arrays, i, fixed)
+                : check_bounced(self, is_nvme ? &bounds : NULL, request, arrays, wanted, i, fixed);
+        if (failed) {
+            return -1;
+        }
+        const uint64_t low = request->commands[i].address;
+        const uint64_t high =
+            low + (wanted == NULL ? request->commands[i].nbytes : request->bounces[i].wanted);
+        request->low = low < request->low ? low : request->low;
+        request->high = high > request->high ? high : request->high;
     }
     return 0;
 }

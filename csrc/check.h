@@ -34,4 +34,15 @@ int check_array_read(const Ring *self, const struct read_arrays *arrays, size_t 
 /* Fills a batch with all reads of the arrays. -1 with an exception. */
 int check_array_reads(const Ring *self, const struct read_arrays *arrays, struct batch *batch);
 
+/* Of reads into bounce slots: bytes to skip of each, and bytes that are wanted. */
+struct wanted_arrays {
+    Py_buffer skips;
+    Py_buffer sizes;
+};
+
+/* Fills a request, whose sources are there, with all reads of the arrays; `wanted` is NULL for those that
+ * go straight into their place. -1 with ValueError. */
+int check_request(const Ring *self, struct request *request, const struct read_arrays *arrays,
+                  const struct wanted_arrays *wanted, bool fixed);
+
 #endif

@@ -1,8 +1,8 @@
 /*
  * The table of commands in flight: who owns which source until when.
  *
- * A command takes a slot before the kernel sees it, and gives it back when its CQE was consumed; its
- * outcome then waits in a queue until the caller takes it. The source that it reads from is held from
+ * A command takes a slot before the kernel sees it, and gives it back when its CQE was consumed. If it is
+ * of a request, that takes in what became of it; else the outcome waits in a queue until the caller takes it. The source that it reads from is held from
  * the slot's first moment until the outcome was handed out, since an error's text needs it. The
  * memory needs no entry here: a ring has one, and holds it as long as any slot is taken.
  *
@@ -27,10 +27,22 @@ enum way { WAY_PASSTHROUGH, WAY_FILE_DIRECT, WAY_FILE_FIXED, WAY_BUFFERED, WAYS 
 /* A ring's table of registered files. Sources beyond so many are read by their descriptors. */
 #define REGISTERED_FILES 64
 
+/* A checked command. Copied out of the caller's memory, which other threads may change between the
+ * check and the last command's turn. */
+struct command {
+    uint64_t position; /* first LBA, or offset in the file */
+    uint64_t address;
+    uint32_t nbytes;
+    uint16_t registered; /* the registered buffer that it falls into, or NOT_REGISTERED */
+};
+
+struct request;
+
 /* A command that the kernel has, and all that its SQE is made of. */
 struct slot {
-    uint64_t user_data;
-    uint64_t position; /* first LBA, or offset in the file */
+    struct request *request; /* that it is of; NULL: its completion is the caller's to take */
+    uint64_t user_data;      /* of a request: the command's index there */
+    uint64_t position;       /* first LBA, or offset in the file */
     uint64_t address;
     uint32_t nbytes; /* asked for */
     uint32_t generation;
@@ -55,11 +67,12 @@ struct outcome {
  * ring's table of registered files, at the holder's own index, the kernel holds it and not the
  * descriptor, and the holder is kept for the next batch. */
 struct holder {
-    Source *source;   /* a strong reference; acquired unless it is registered */
+    Source *source;   /* a strong reference */
     uint32_t flying;  /* commands that the kernel has */
-    uint32_t waiting; /* outcomes, and batches that are being sent */
+    uint32_t waiting; /* outcomes, requests, and batches that are being sent */
     uint32_t next;    /* in the list of free holders, or of those to let go */
-    bool registered;
+    bool acquired;    /* the descriptor is held open */
+    bool registered;  /* the ring's table of files holds the file, at this index */
 };
 
 #define NOBODY UINT32_MAX
@@ -212,12 +225,23 @@ holder_for(struct inflight *table, Source *source, bool lasting)
         index = table->free_holder;
         table->free_holder = table->holders[index].next;
         table->holders[index].source = (Source *)Py_NewRef(source);
+        table->holders[index].acquired = true;
     }
     table->holders[index].waiting++;
     if (lasting) {
         table->last_holder = index;
     }
     return index;
+}
+
+/* The descriptor is held open no longer; at once, for it may be closed already. */
+static inline void
+holder_release(struct holder *holder)
+{
+    if (holder->acquired) {
+        holder->acquired = false;
+        gdsdirect_source_release(holder->source);
+    }
 }
 
 /* Nothing needs a holder any more: its reference is let go of later. */
@@ -228,20 +252,36 @@ holder_finish(struct inflight *table, uint32_t index)
     if (table->last_holder == index) {
         table->last_holder = NOBODY;
     }
+    holder_release(holder);
     holder->registered = false;
     holder->next = table->finished_holder;
     table->finished_holder = index;
 }
 
-/* `count` outcomes or batches less. The last one lets go of the descriptor at once. */
+/* `count` outcomes, requests or batches less. */
 static inline void
 holder_drop(struct inflight *table, uint32_t index, uint32_t count)
 {
     struct holder *holder = &table->holders[index];
     holder->waiting -= count;
     if (!holder_is_busy(holder) && !holder->registered) {
-        gdsdirect_source_release(holder->source);
         holder_finish(table, index);
+    }
+}
+
+/* The ring's table of files is gone: what it held goes too, but for what an outcome or a batch that is
+ * on its way needs still, and lets go of by holder_drop. */
+static inline void
+holders_unregister(struct inflight *table)
+{
+    for (uint32_t i = 0; i < table->holders_allocated; i++) {
+        struct holder *holder = &table->holders[i];
+        if (holder->registered) {
+            holder->registered = false;
+            if (!holder_is_busy(holder)) {
+                holder_finish(table, i);
+            }
+        }
     }
 }
 
@@ -301,6 +341,16 @@ inflight_undo(struct inflight *table, struct slot *slot)
     table->holders[slot->holder].flying--;
 }
 
+/* The bytes that a command brought, by the kernel's result. */
+static inline uint32_t
+bytes_of_result(const struct slot *slot, int32_t res)
+{
+    if (slot->way == WAY_PASSTHROUGH) {
+        return res == 0 ? slot->nbytes : 0; /* 0 is success of the whole command */
+    }
+    return res > 0 ? (uint32_t)res : 0;
+}
+
 /* The kernel is done with a command: its slot is free, its outcome waits. */
 static inline struct outcome *
 inflight_complete(struct inflight *table, struct slot *slot, int32_t res)
@@ -314,12 +364,7 @@ inflight_complete(struct inflight *table, struct slot *slot, int32_t res)
         .holder = slot->holder,
         .way = slot->way,
     };
-    if (slot->way == WAY_PASSTHROUGH) {
-        outcome->nbytes = res == 0 ? slot->nbytes : 0; /* 0 is success of the whole command */
-    }
-    else {
-        outcome->nbytes = res > 0 ? (uint32_t)res : 0;
-    }
+    outcome->nbytes = bytes_of_result(slot, res);
     slot_free(table, slot);
     table->holders[slot->holder].flying--;
     table->holders[slot->holder].waiting++;

@@ -13,18 +13,30 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+/* Requests that were given up and have commands in flight: see request.h. */
+struct given_up {
+    pthread_mutex_t lock;
+    struct request *first;
+    _Atomic size_t count;
+    pid_t process;
+};
+
 struct module_state {
     PyTypeObject *memory_type;
     PyTypeObject *source_type;
     PyTypeObject *ring_type;
+    PyTypeObject *request_type;
+    PyTypeObject *watch_type;
     PyObject *source_name;     /* "_source": where a Namespace keeps its Source */
     PyObject *name_name;       /* "name" */
     _Atomic uint32_t closings; /* sources closed so far: rings then look which of theirs are */
     struct aliases aliases;
+    struct given_up given_up;
 };
 
 extern struct PyModuleDef gdsdirect_uring_cmd_module;
-extern PyType_Spec gdsdirect_memory_spec, gdsdirect_source_spec, gdsdirect_ring_spec;
+extern PyType_Spec gdsdirect_memory_spec, gdsdirect_source_spec, gdsdirect_ring_spec,
+    gdsdirect_request_spec, gdsdirect_watch_spec;
 
 /* Memory: a fixed range of addresses and whatever keeps it mapped. A ring reaches it through the
  * buffer protocol alone, so that its export is what forbids close() while commands are in flight. */
@@ -44,7 +56,7 @@ typedef struct {
 typedef struct {
     PyObject_HEAD
     int fd;
-    bool borrowed;  /* the descriptor is the caller's of one submission, and not closed here */
+    bool may_block; /* a read may block whoever submits it: see waits_for_others in source.c */
     bool is_direct; /* opened with O_DIRECT, and not in memory: see reads_directly in source.c */
     bool is_nvme;
     _Atomic uint32_t users; /* rings that hold it, and SOURCE_CLOSED */
@@ -71,16 +83,11 @@ source_is_closed(const Source *source)
 bool gdsdirect_source_acquire(Source *source);
 void gdsdirect_source_release(Source *source);
 
-/* A Source on a descriptor that stays the caller's, for one submission. NULL with an exception. */
-Source *gdsdirect_source_borrow(PyTypeObject *type, int fd, PyObject *path);
-
 /* A Source on a descriptor of a file just opened with `flags`, which it owns from then on. NULL with an
  * exception, and then the descriptor is the caller's still. */
 Source *gdsdirect_source_own_fd(PyTypeObject *type, int fd, int flags, PyObject *path);
 
-/* Gives it a descriptor of its own, if it has none. False with errno set. */
-bool gdsdirect_source_own(Source *source);
-
+PyObject *gdsdirect_open_source(PyObject *module, PyObject *args);
 PyObject *gdsdirect_open_sources(PyObject *module, PyObject *args);
 PyObject *gdsdirect_read_sources(PyObject *module, PyObject *args);
 PyObject *gdsdirect_nvme_identify(PyObject *module, PyObject *args);

@@ -379,59 +379,6 @@ survey(PyObject *Py_UNUSED(module), PyObject *args)
                          (unsigned long long)end, (unsigned long long)last);
 }
 
-/* Returns the index of the first read that isn't of whole blocks, 1..65536 of them, or n. */
-static Py_ssize_t
-encode_bytes_all(unsigned char *out, const struct byte_reads *reads, uint32_t nsid,
-                 uint32_t lba_size, uint64_t address)
-{
-    const Py_ssize_t n = reads->offsets.len / 8;
-    struct nvme_read read = {.nsid = nsid};
-    for (Py_ssize_t i = 0; i < n; i++) {
-        const uint64_t offset = fetch64(&reads->offsets, i);
-        const uint32_t nbytes = fetch32(&reads->sizes, i);
-        read.lba = offset / lba_size;
-        read.blocks = nbytes / lba_size;
-        read.address = address + fetch64(&reads->targets, i);
-        if ((offset | nbytes) % lba_size != 0 || read.blocks - 1 >= NVME_MAX_BLOCKS) {
-            return i;
-        }
-        wire_encode(out + i * WIRE_BYTES, &read);
-    }
-    return n;
-}
-
-/* _encode_byte_reads(namespace_id, lba_size, offsets, sizes, targets, address) -> the commands that read
- * these bytes of a namespace to `address` and so many more, each `target`. */
-static PyObject *
-encode_byte_reads(PyObject *Py_UNUSED(module), PyObject *args)
-{
-    unsigned int nsid, lba_size;
-    unsigned long long address;
-    PyObject *offsets, *sizes, *targets, *result = NULL;
-    struct byte_reads reads = {0};
-    if (!PyArg_ParseTuple(args, "IIOOOK:_encode_byte_reads", &nsid, &lba_size, &offsets, &sizes,
-                          &targets, &address)) {
-        return NULL;
-    }
-    if (lba_size == 0) {
-        return PyErr_Format(PyExc_ValueError, "lba_size is 0");
-    }
-    if (byte_reads_get(&reads, offsets, sizes, targets) == 0) {
-        const Py_ssize_t n = reads.offsets.len / 8;
-        result = PyBytes_FromStringAndSize(NULL, n * WIRE_BYTES);
-        const Py_ssize_t done = result == NULL
-                                    ? n
-                                    : encode_bytes_all((unsigned char *)PyBytes_AS_STRING(result),
-                                                       &reads, nsid, lba_size, address);
-        if (done < n) {
-            PyErr_Format(PyExc_ValueError, "read %zd isn't of 1..65536 whole blocks", done);
-            Py_CLEAR(result);
-        }
-    }
-    byte_reads_release(&reads);
-    return result;
-}
-
 /* Where bytes of a file lie on its device. */
 struct extent {
     uint64_t logical;
@@ -545,7 +492,6 @@ static PyMethodDef methods[] = {
     {"encode_nvme_read_sqes", (PyCFunction)(void (*)(void))encode_many,
      METH_FASTCALL | METH_KEYWORDS, encode_many_doc},
     {"decode_nvme_read_sqe", decode_one, METH_O, decode_one_doc},
-    {"_encode_byte_reads", encode_byte_reads, METH_VARARGS, NULL},
     {"_locate", locate, METH_VARARGS, NULL},
     {"_survey", survey, METH_VARARGS, NULL},
     {"_kernel_command", kernel_command, METH_VARARGS, kernel_command_doc},

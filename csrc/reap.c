@@ -4,25 +4,14 @@
 #include "reap.h"
 
 #include <errno.h>
-#include <linux/futex.h>
 #include <math.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
 
+#include "carry.h"
 #include "sqe.h"
 
 #define RECORD_BYTES 16 /* struct "QiI": user_data, res, nbytes */
 
 /* ---- Time -------------------------------------------------------------------------------- */
-
-int64_t
-ring_now(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
-}
 
 int
 ring_deadline(PyObject *timeout, int64_t *deadline)
@@ -48,12 +37,17 @@ ring_deadline(PyObject *timeout, int64_t *deadline)
     return 0;
 }
 
-static struct timespec
-time_left(int64_t deadline)
+/* A wait is cut short after a second, to look for a signal that came just before it. */
+#define SLICE INT64_C(1000000000)
+
+/* ns that a request is driven for before signals are looked for, although none ended a wait. */
+#define LOOK_EVERY INT64_C(50000000)
+
+static int64_t
+end_of_slice(int64_t deadline)
 {
-    int64_t left = deadline - ring_now();
-    left = left > 0 ? left : 0;
-    return (struct timespec){left / 1000000000, left % 1000000000};
+    const int64_t now = ring_now();
+    return deadline - now < SLICE ? deadline : now + SLICE;
 }
 
 /* ---- Consuming --------------------------------------------------------------------------- */
@@ -88,8 +82,14 @@ ring_reap_locked(Ring *self)
     io_uring_for_each_cqe(&self->ring, head, cqe) {
         struct slot *slot = inflight_find(&self->table, cqe->user_data);
         seen++;
-        if (slot != NULL && /* else one of the ring's own */
-            (cqe->res >= 0 || !ring_resend_locked(self, slot, cqe->user_data, cqe->res))) {
+        if (slot == NULL || /* one of the ring's own */
+            (cqe->res < 0 && ring_resend_locked(self, slot, cqe->user_data, cqe->res))) {
+            continue;
+        }
+        if (slot->request != NULL) {
+            request_land_locked(self, slot, cqe->res);
+        }
+        else {
             count_outcome(self, inflight_complete(&self->table, slot, cqe->res));
         }
     }
@@ -99,7 +99,11 @@ ring_reap_locked(Ring *self)
     io_uring_cq_advance(&self->ring, seen);
     self->arrival_consumed = true;
     if (self->table.ready > ready) {
-        ring_tell_watchers_locked(self);
+        ring_wake_locked(self, NULL);
+        ring_tell_watches_locked(self);
+    }
+    if (self->first_queued != NULL) {
+        request_pump_locked(self); /* into the room that they leave */
     }
     if (self->has_leader) {
         /* What it waits for was consumed here, perhaps the CQEs that were to call it too. */
@@ -107,9 +111,8 @@ ring_reap_locked(Ring *self)
     }
 }
 
-/* Consumes also what the kernel posts only when it is asked. */
-static void
-fetch_and_reap_locked(Ring *self)
+void
+ring_fetch_locked(Ring *self)
 {
     if (self->setup_flags & IORING_SETUP_IOPOLL || ring_has_deferred(self)) {
         io_uring_get_events(&self->ring);
@@ -137,42 +140,23 @@ spin_for_cqes(Ring *self, int64_t deadline)
 }
 
 static int
-sleep_for_cqes(Ring *self, unsigned count, int64_t deadline)
+sleep_for_cqes(Ring *self, unsigned count, int64_t until)
 {
-    const unsigned flags = IORING_ENTER_GETEVENTS | self->enter_flags;
-    if (deadline == NO_DEADLINE) {
-        return io_uring_enter(self->ring.enter_ring_fd, 0, count, flags, NULL);
-    }
-    struct timespec left = time_left(deadline);
+    const unsigned flags = IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG | self->enter_flags;
+    struct timespec left = ring_time_left(until);
     struct io_uring_getevents_arg arg = {
         .ts = (uintptr_t)&left, /* struct __kernel_timespec: the same on 64 bits */
     };
-    return io_uring_enter2(self->ring.enter_ring_fd, 0, count, flags | IORING_ENTER_EXT_ARG,
-                           (void *)&arg, sizeof(arg));
+    return io_uring_enter2(self->ring.enter_ring_fd, 0, count, flags, (void *)&arg, sizeof(arg));
 }
 
+/* Waits in the kernel, on behalf of all. */
 static int
-futex(_Atomic uint32_t *word, int operation, uint32_t value, const struct timespec *timeout)
-{
-    return (int)syscall(SYS_futex, word, operation | FUTEX_PRIVATE_FLAG, value, timeout, NULL, 0);
-}
-
-void
-ring_tell_followers_locked(Ring *self)
-{
-    if (self->followers > 0) {
-        atomic_fetch_add(&self->news, 1);
-        futex(&self->news, FUTEX_WAKE, INT32_MAX, NULL);
-    }
-}
-
-/* Waits in the kernel, on behalf of all. Called without the GIL. */
-static int
-lead_locked(Ring *self, unsigned awaits, int64_t deadline)
+lead_locked(Ring *self, unsigned awaits, int64_t deadline, bool *interrupted)
 {
     /* With several threads each CQE may be the one that another waits for. */
-    unsigned in_flight = inflight_count(&self->table);
-    if (self->shared || self->setup_flags & IORING_SETUP_SQPOLL || awaits == 0) {
+    const unsigned in_flight = inflight_count(&self->table);
+    if (self->followers != NULL || self->setup_flags & IORING_SETUP_SQPOLL || awaits == 0) {
         awaits = 1;
     }
     else if (awaits > in_flight) {
@@ -183,44 +167,60 @@ lead_locked(Ring *self, unsigned awaits, int64_t deadline)
     self->leader_awaits = awaits;
     pthread_mutex_unlock(&self->lock);
 
-    int result = self->setup_flags & IORING_SETUP_IOPOLL ? spin_for_cqes(self, deadline)
-                                                         : sleep_for_cqes(self, awaits, deadline);
+    const int64_t until = end_of_slice(deadline);
+    const int result = self->setup_flags & IORING_SETUP_IOPOLL
+                           ? spin_for_cqes(self, until)
+                           : sleep_for_cqes(self, awaits, until);
     pthread_mutex_lock(&self->lock);
     self->has_leader = false;
     ring_reap_locked(self);
-    ring_tell_followers_locked(self);
+    *interrupted = result == -EINTR;
     return result < 0 && result != -ETIME && result != -EINTR ? -result : DONE;
 }
 
-/* Waits until the leader has news. Called without the GIL. */
-static int
-follow_locked(Ring *self, int64_t deadline)
+/* Waits until it is woken: by what it waits for, or to lead. */
+static void
+follow_locked(Ring *self, const struct request *request, int64_t deadline, bool *interrupted)
 {
-    self->shared = true;
+    struct follower here = {.next = self->followers, .request = request};
     if (self->leader_awaits > 1 && !self->leader_called) {
         ring_call_leader_locked(self);
     }
-    uint32_t seen = atomic_load(&self->news);
-    self->followers++;
+    self->followers = &here;
     pthread_mutex_unlock(&self->lock);
-
-    struct timespec left = {0};
-    if (deadline != NO_DEADLINE) {
-        left = time_left(deadline);
-    }
-    futex(&self->news, FUTEX_WAIT, seen, deadline != NO_DEADLINE ? &left : NULL);
-
+    *interrupted = ring_follow(&here, end_of_slice(deadline));
     pthread_mutex_lock(&self->lock);
-    self->followers--;
-    return DONE;
+
+    struct follower **link = &self->followers;
+    while (*link != &here) {
+        link = &(*link)->next;
+    }
+    *link = here.next;
+}
+
+/* One wait, as leader or follower, without the GIL. `interrupted`: by a signal. */
+static int
+wait_once_locked(Ring *self, const struct request *request, unsigned awaits, int64_t deadline,
+                 bool *interrupted)
+{
+    int result = DONE;
+    if (!self->has_leader) {
+        result = lead_locked(self, awaits, deadline, interrupted);
+    }
+    else {
+        follow_locked(self, request, deadline, interrupted);
+    }
+    ring_pass_the_lead_locked(self);
+    return result;
 }
 
 int
 ring_wait_locked(Ring *self, unsigned awaits, int64_t deadline)
 {
     int result;
+    bool interrupted;
     Py_BEGIN_ALLOW_THREADS
-    result = self->has_leader ? follow_locked(self, deadline) : lead_locked(self, awaits, deadline);
+    result = wait_once_locked(self, NULL, awaits, deadline, &interrupted);
     pthread_mutex_unlock(&self->lock);
     Py_END_ALLOW_THREADS
 
@@ -229,6 +229,93 @@ ring_wait_locked(Ring *self, unsigned awaits, int64_t deadline)
     ring_lock(self);
     return raised < 0 ? RAISED : result;
 }
+
+/* How many CQEs to wait for at once: all that are left of the request, but only half of what is in
+ * flight while there is more to send, so that the drive is kept busy. */
+static unsigned
+awaits_of(const Ring *self, const struct request *request)
+{
+    const unsigned in_flight = inflight_count(&self->table);
+    const size_t wanted = self->first_queued != NULL ? in_flight / 2 : request->left;
+    return wanted < in_flight ? (unsigned)wanted : in_flight;
+}
+
+/* Drives the ring until the request has finished, without the GIL; or until it is time to look for
+ * signals, which `look` then says. */
+static int
+drive_locked(Ring *self, const struct request *request, int64_t deadline, bool *look)
+{
+    const int64_t until = ring_now() + LOOK_EVERY;
+    int result = DONE;
+    for (;;) {
+        ring_reap_locked(self);
+        if (request->left == 0 || result != DONE) {
+            return result;
+        }
+        const int64_t now = ring_now();
+        if (now >= deadline) {
+            return ETIME;
+        }
+        if (*look || now >= until) {
+            *look = true;
+            return DONE;
+        }
+        result = wait_once_locked(self, request, awaits_of(self, request), deadline, look);
+    }
+}
+
+int
+ring_finish_locked(Ring *self, const struct request *request, int64_t deadline)
+{
+    for (;;) {
+        bool look = false;
+        int result;
+        Py_BEGIN_ALLOW_THREADS
+        result = drive_locked(self, request, deadline, &look);
+        pthread_mutex_unlock(&self->lock); /* others need not wait until this thread has the GIL */
+        Py_END_ALLOW_THREADS
+        const int raised = look ? PyErr_CheckSignals() : 0;
+        ring_lock(self);
+        if (!look || raised < 0) {
+            return raised < 0 ? RAISED : result;
+        }
+    }
+}
+
+/* ---- What was given up ------------------------------------------------------------------- */
+
+int
+ring_clear_the_way(struct module_state *module, uint64_t low, uint64_t high, int64_t deadline)
+{
+    int result = DONE;
+    Ring *ring;
+    while (result == DONE && (ring = request_in_the_way(module, low, high)) != NULL) {
+        ring_lock(ring);
+        ring_reap_locked(ring);
+        while (result == DONE && request_is_in_the_way_locked(ring, low, high)) {
+            result = ring_now() < deadline ? ring_wait_locked(ring, 1, deadline) : ETIME;
+            ring_reap_locked(ring);
+        }
+        ring_unlock(ring);
+        Py_DECREF(ring);
+    }
+    return result;
+}
+
+void
+ring_collect_given_up(struct module_state *module)
+{
+    Ring *rings[16];
+    const size_t count = request_rings_of_given_up(module, rings, sizeof(rings) / sizeof(rings[0]));
+    for (size_t i = 0; i < count; i++) {
+        ring_lock(rings[i]);
+        ring_reap_locked(rings[i]);
+        ring_unlock(rings[i]);
+        Py_DECREF(rings[i]);
+    }
+}
+
+/* ---- Waiting for completions ------------------------------------------------------------- */
 
 /* Takes the lock, and returns when `count` outcomes are ready, time is up, or nothing is left to
  * wait for. The lock stays taken. */
@@ -241,7 +328,7 @@ lock_and_collect(Ring *self, size_t count, int64_t deadline)
     }
     ring_forget_closed_locked(self);
     if (count == 0 || deadline == DEADLINE_PASSED) {
-        fetch_and_reap_locked(self);
+        ring_fetch_locked(self);
     }
     for (;;) {
         ring_reap_locked(self);
@@ -271,7 +358,7 @@ pop_locked(Ring *self, size_t count)
     table->ready -= count;
     table->first = table->ready > 0 ? table->first + count : 0; /* in the cache still */
     if (table->ready == 0 && inflight_count(table) == 0) {
-        ring_tell_watchers_locked(self);
+        ring_tell_watches_locked(self);
     }
 }
 
@@ -354,7 +441,7 @@ ring_take(Ring *self, PyObject *args)
     int result = lock_and_collect(self, (size_t)count, deadline);
     if (result != DONE) {
         ring_unlock(self);
-        return ring_raise(result, "io_uring_enter");
+        return ring_raise(self, result, "io_uring_enter");
     }
     return take_ready(self, (size_t)most);
 }
@@ -440,7 +527,7 @@ ring_wait_into(Ring *self, PyObject *const *args, Py_ssize_t nargs, PyObject *ke
     }
     ring_unlock(self);
     PyBuffer_Release(&out);
-    return result == DONE ? PyLong_FromSize_t(copied) : ring_raise(result, "io_uring_enter");
+    return result == DONE ? PyLong_FromSize_t(copied) : ring_raise(self, result, "io_uring_enter");
 }
 
 /* _look(): consumes what is there, and says (ready, in flight). */
@@ -453,10 +540,10 @@ ring_look(Ring *self, PyObject *Py_UNUSED(ignored))
     ring_lock(self);
     if (self->state != RING_OPEN) {
         ring_unlock(self);
-        return ring_raise(STREAM_CLOSED, NULL);
+        return ring_raise(self, STREAM_CLOSED, NULL);
     }
     ring_forget_closed_locked(self);
-    fetch_and_reap_locked(self);
+    ring_fetch_locked(self);
     const size_t ready = self->table.ready;
     const uint32_t in_flight = inflight_count(&self->table);
     ring_unlock(self);

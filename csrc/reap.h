@@ -9,6 +9,9 @@
 /* Consumes the CQEs that are there. */
 void ring_reap_locked(Ring *self);
 
+/* Consumes also what the kernel posts only when it is asked. */
+void ring_fetch_locked(Ring *self);
+
 /* Waits, without the lock, until something has changed: a CQE came, time is up, or another thread
  * did something. The caller looks again. `awaits` is how many CQEs it is waiting for. */
 int ring_wait_locked(Ring *self, unsigned awaits, int64_t deadline);
@@ -17,12 +20,19 @@ int ring_wait_locked(Ring *self, unsigned awaits, int64_t deadline);
  * of our own as it waits for. */
 void ring_call_leader_locked(Ring *self);
 
-/* Wakes the followers, to look again. */
-void ring_tell_followers_locked(Ring *self);
+/* Waits until the request has finished: DONE, ETIME at the deadline, RAISED by a signal handler, or an
+ * errno. */
+int ring_finish_locked(Ring *self, const struct request *request, int64_t deadline);
+
+/* Waits until no request that was given up, of whichever ring, may write to these addresses: DONE, or as
+ * ring_finish_locked. With the GIL held, and no lock. */
+int ring_clear_the_way(struct module_state *module, uint64_t low, uint64_t high, int64_t deadline);
+
+/* Takes in what has come of requests that were given up, whichever ring they are of. */
+void ring_collect_given_up(struct module_state *module);
 
 /* None or seconds, as a moment of CLOCK_MONOTONIC in ns. -1 with an exception. */
 int ring_deadline(PyObject *timeout, int64_t *deadline);
-int64_t ring_now(void);
 
 PyObject *ring_take(Ring *self, PyObject *args);
 PyObject *ring_wait_into(Ring *self, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords);

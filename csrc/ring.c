@@ -1,12 +1,15 @@
 /*
- * The ring's errors, its lock, and its descriptors for event loops.
+ * The ring's errors, its lock, those who wait for it, and its descriptors for event loops.
  */
 #include "ring.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/futex.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 /* ---- Errors ------------------------------------------------------------------------------ */
@@ -26,13 +29,14 @@ ring_raise_errno(int number, const char *call, PyObject *path)
 }
 
 PyObject *
-ring_raise(int outcome, const char *call)
+ring_raise(const Ring *self, int outcome, const char *call)
 {
     switch (outcome) {
     case RAISED:
         break;
     case STREAM_CLOSED:
-        PyErr_SetString(PyExc_ValueError, "the stream is closed");
+        PyErr_SetString(PyExc_ValueError,
+                        self->shared ? "the buffer is closed" : "the stream is closed");
         break;
     case NO_MEMORY:
         PyErr_NoMemory();
@@ -81,7 +85,7 @@ int
 ring_check_caller(Ring *self)
 {
     if (self->state != RING_OPEN) {
-        ring_raise(STREAM_CLOSED, NULL);
+        ring_raise(self, STREAM_CLOSED, NULL);
         return -1;
     }
     return ring_check_thread(self);
@@ -130,14 +134,101 @@ ring_unlock(Ring *self)
         set_event_locked(self);
         clear_arrivals_locked(self);
         Source *finished = inflight_finished_source(&self->table);
-        bool more = self->table.finished_holder != NOBODY;
+        const bool more = self->table.finished_holder != NOBODY;
+        struct request *to_free = self->to_free;
+        uint32_t unowned = self->unowned;
+        self->to_free = NULL;
+        self->unowned = 0;
         pthread_mutex_unlock(&self->lock);
         Py_XDECREF(finished);
+        request_free_all(to_free);
+        for (; unowned > 0; unowned--) { /* never the last reference: the caller has one */
+            Py_DECREF(self);
+        }
         if (!more) {
             return;
         }
         ring_lock(self);
     }
+}
+
+/* ---- Followers --------------------------------------------------------------------------- */
+
+static int
+futex(_Atomic uint32_t *word, int operation, uint32_t value, const struct timespec *timeout)
+{
+    return (int)syscall(SYS_futex, word, operation | FUTEX_PRIVATE_FLAG, value, timeout, NULL, 0);
+}
+
+static void
+wake(struct follower *follower)
+{
+    if (atomic_exchange(&follower->woken, 1) == 0) {
+        futex(&follower->woken, FUTEX_WAKE, 1, NULL);
+    }
+}
+
+void
+ring_wake_locked(Ring *self, const struct request *request)
+{
+    for (struct follower *each = self->followers; each != NULL; each = each->next) {
+        if (each->request == request) {
+            wake(each);
+        }
+    }
+}
+
+void
+ring_wake_all_locked(Ring *self)
+{
+    for (struct follower *each = self->followers; each != NULL; each = each->next) {
+        wake(each);
+    }
+}
+
+void
+ring_pass_the_lead_locked(Ring *self)
+{
+    if (!self->has_leader && self->followers != NULL) {
+        wake(self->followers);
+    }
+}
+
+bool
+ring_follow(struct follower *follower, int64_t until)
+{
+    const struct timespec left = ring_time_left(until);
+    return futex(&follower->woken, FUTEX_WAIT, 0, &left) < 0 && errno == EINTR;
+}
+
+/* ---- Time -------------------------------------------------------------------------------- */
+
+int64_t
+ring_now(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+}
+
+struct timespec
+ring_time_left(int64_t deadline)
+{
+    int64_t left = deadline - ring_now();
+    left = left > 0 ? left : 0;
+    return (struct timespec){left / 1000000000, left % 1000000000};
+}
+
+uint16_t
+ring_register_bounce_locked(Ring *self)
+{
+    const Py_buffer *memory = &self->bounce.export;
+    const struct iovec piece = {.iov_base = memory->buf, .iov_len = (size_t)memory->len};
+    const int result =
+        self->registered > 0
+            ? io_uring_register_buffers_update_tag(&self->ring, self->registered, &piece, NULL, 1)
+            : io_uring_register_buffers(&self->ring, &piece, 1);
+    return result >= 0 ? (uint16_t)self->registered : NOT_REGISTERED;
 }
 
 /* ---- Descriptors for event loops --------------------------------------------------------- */
@@ -217,81 +308,166 @@ ring_fileno(Ring *self, PyObject *Py_UNUSED(ignored))
         return NULL;
     }
     ring_lock(self);
-    int failed = self->event_fd < 0 ? open_events_locked(self) : 0;
+    int failed = self->state != RING_OPEN ? STREAM_CLOSED
+                 : self->event_fd < 0     ? open_events_locked(self)
+                                          : 0;
     int fd = self->epoll_fd;
     ring_unlock(self);
-    return failed ? ring_raise(failed, "epoll_create1") : PyLong_FromLong(fd);
+    return failed ? ring_raise(self, failed, "epoll_create1") : PyLong_FromLong(fd);
+}
+
+/* ---- Watches ----------------------------------------------------------------------------- */
+
+void
+watch_release(struct watch *watch)
+{
+    if (atomic_fetch_sub(&watch->holders, 1) == 1) {
+        close(watch->event_fd);
+        free(watch);
+    }
 }
 
 void
-ring_tell_watchers_locked(Ring *self)
+watch_tell(struct watch *watch)
 {
     const uint64_t one = 1;
-    for (size_t i = 0; i < self->watcher_count; i++) {
-        /* It fails only when 2**64 - 2 tellings were not heard, and then it is readable already. */
-        ssize_t ignored = write(self->watchers[i], &one, sizeof(one));
-        (void)ignored;
+    /* It fails only when 2**64 - 2 tellings were not heard, and then it is readable already. */
+    ssize_t ignored = write(watch->event_fd, &one, sizeof(one));
+    (void)ignored;
+}
+
+/* Lets go of those that no loop has any more. */
+static void
+forget_unwatched_locked(Ring *self)
+{
+    struct watch **link = &self->watches;
+    while (*link != NULL) {
+        struct watch *watch = *link;
+        if (watch->unwatched) {
+            *link = watch->next;
+            watch_release(watch);
+        }
+        else {
+            link = &watch->next;
+        }
     }
 }
 
-static int
-add_watcher_locked(Ring *self, int fd)
+void
+ring_tell_watches_locked(Ring *self)
 {
-    int *watchers = realloc(self->watchers, (self->watcher_count + 1) * sizeof(*watchers));
-    if (watchers == NULL) {
-        return ENOMEM;
+    for (struct watch *watch = self->watches; watch != NULL; watch = watch->next) {
+        watch_tell(watch);
     }
-    self->watchers = watchers;
-    self->watchers[self->watcher_count++] = fd;
+}
+
+/* A watch that the ring knows of, with a reference for the caller. 0, or a code with `watch` as it was. */
+static int
+make_watch_locked(Ring *self, int *arrivals, struct watch **watch)
+{
+    if (self->state != RING_OPEN) {
+        return STREAM_CLOSED;
+    }
+    forget_unwatched_locked(self);
+    struct watch *made = calloc(1, sizeof(*made));
+    if (made == NULL) {
+        return NO_MEMORY;
+    }
+    const int fd = arrival_fd_locked(self);
+    int failed = 0;
+    if (fd < 0 || (*arrivals = fcntl(fd, F_DUPFD_CLOEXEC, 0)) < 0) {
+        failed = errno;
+    }
+    else if ((made->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0) {
+        failed = errno;
+        close(*arrivals);
+    }
+    if (failed != 0) {
+        free(made);
+        return failed;
+    }
+    made->holders = 2;
+    made->next = self->watches;
+    self->watches = made;
+    *watch = made;
     return 0;
 }
 
-/* _watch() -> (arrivals, event): two descriptors for an event loop to read, the first to be closed by it
- * and the second by _unwatch(event). */
+/* _watch() -> Watch */
 PyObject *
 ring_watch(Ring *self, PyObject *Py_UNUSED(ignored))
 {
     if (check_wakes(self) < 0) {
         return NULL;
     }
-    ring_lock(self);
-    int failed = 0, event = -1;
-    int arrivals = arrival_fd_locked(self);
-    if (arrivals < 0 || (arrivals = fcntl(arrivals, F_DUPFD_CLOEXEC, 0)) < 0 ||
-        (event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0) {
-        failed = errno;
-    }
-    else {
-        failed = add_watcher_locked(self, event);
-    }
-    ring_unlock(self);
-    if (failed == 0) {
-        return Py_BuildValue("(ii)", arrivals, event);
-    }
-    if (arrivals >= 0) {
-        close(arrivals);
-    }
-    if (event >= 0) {
-        close(event);
-    }
-    return ring_raise(failed, "eventfd");
-}
-
-PyObject *
-ring_unwatch(Ring *self, PyObject *event)
-{
-    int fd = PyLong_AsInt(event);
-    if ((fd == -1 && PyErr_Occurred()) || ring_check_process(self) < 0) {
+    PyTypeObject *type = self->module->watch_type;
+    Watch *made = (Watch *)type->tp_alloc(type, 0);
+    if (made == NULL) {
         return NULL;
     }
+    made->arrivals = -1;
     ring_lock(self);
-    for (size_t i = 0; i < self->watcher_count; i++) {
-        if (self->watchers[i] == fd) {
-            self->watchers[i] = self->watchers[--self->watcher_count];
-            close(fd);
-            break;
-        }
-    }
+    int failed = make_watch_locked(self, &made->arrivals, &made->watch);
     ring_unlock(self);
-    Py_RETURN_NONE;
+    if (failed) {
+        Py_DECREF(made);
+        return ring_raise(self, failed, "eventfd");
+    }
+    return (PyObject *)made;
 }
+
+/* The ring lets go of its part when it makes the next one. */
+static void
+watch_dealloc(Watch *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    if (self->watch != NULL) {
+        self->watch->unwatched = true;
+        watch_release(self->watch);
+        close(self->arrivals);
+    }
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyObject *
+watch_get_arrivals(const Watch *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromLong(self->arrivals);
+}
+
+static PyObject *
+watch_get_event(const Watch *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromLong(self->watch->event_fd);
+}
+
+/* The ring and this have it; the others are requests. */
+static PyObject *
+watch_get_requests(const Watch *self, void *Py_UNUSED(closure))
+{
+    const uint32_t holders = atomic_load(&self->watch->holders);
+    return PyLong_FromUnsignedLong(holders > 2 ? holders - 2 : 0);
+}
+
+static PyGetSetDef watch_getset[] = {
+    {"arrivals", (getter)watch_get_arrivals, NULL,
+     "A descriptor that is readable while there are completions to consume.", NULL},
+    {"event", (getter)watch_get_event, NULL,
+     "An eventfd that is readable once something else has changed.", NULL},
+    {"requests", (getter)watch_get_requests, NULL, "Requests whose future is to be set.", NULL},
+    {0},
+};
+
+static PyType_Slot watch_slots[] = {
+    {Py_tp_dealloc, watch_dealloc},
+    {Py_tp_getset, watch_getset},
+    {0, NULL},
+};
+
+PyType_Spec gdsdirect_watch_spec = {
+    .name = "gdsdirect._uring_cmd.Watch",
+    .basicsize = sizeof(Watch),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = watch_slots,
+};

@@ -3,12 +3,14 @@
  *
  * What is done with a ring is in the rooms above this one. Each calls those below it, and none above:
  *
- *   ringobject.c  the type: made, closed and collected
- *   submit.c      what callers submit
- *   check.c       every bound that a command is held to
- *   batch.c       checked commands, sent as room allows
- *   reap.c        completions out: consumed, waited for, handed over
- *   sqe.h         an SQE made, sent, and sent again
+ *   ringobject.c     the type: made, closed and collected
+ *   requestobject.c  requests: made, carried out, awaited
+ *   submit.c         what callers submit
+ *   check.c          every bound that a command is held to
+ *   batch.c          checked commands, sent as room allows
+ *   reap.c           completions out: consumed, waited for, handed over
+ *   carry.c          requests carried out: from their start to their last completion
+ *   sqe.h            an SQE made, sent, and sent again
  *
  * Locking. `lock` guards every field below it, and liburing's struct, whose submission and
  * completion queues take one thread at a time. It is held across the system call that submits, and
@@ -16,10 +18,11 @@
  * or released, since that can call back into the same ring. So functions that end in `_locked`
  * answer with an `outcome` code that ring_raise turns into an exception after the lock is free.
  *
- * Waiting. One thread at a time, the leader, waits in the kernel; all others, the followers, wait
- * on the futex word `news`, which the leader bumps when it comes back. Only then can no CQE be
- * consumed behind the back of one who is about to wait for it. Both kinds of wait end with EINTR
- * when a signal arrives.
+ * Waiting. One thread at a time, the leader, waits in the kernel; all others, the followers, each wait
+ * on a futex word of its own, in a list of the ring's. Only then can no CQE be consumed behind the back
+ * of one who is about to wait for it. Whoever consumes completions wakes the followers that they are
+ * for; whoever stops to lead, or is woken and goes away without leading, wakes another to lead. Both
+ * kinds of wait end when a signal arrives, and after a second, to look for one that came just before.
  */
 #ifndef GDSDIRECT_RING_H
 #define GDSDIRECT_RING_H
@@ -29,7 +32,7 @@
 #include <liburing.h>
 #include <pthread.h>
 
-#include "inflight.h"
+#include "request.h"
 
 /* How a `_locked` function ended; above 0: an errno of the system call in `failed_call`. */
 enum {
@@ -38,7 +41,6 @@ enum {
     STREAM_CLOSED = -2,
     SOURCE_IS_CLOSED = -3,
     NO_MEMORY = -4,
-    NO_DESCRIPTOR = -5,
 };
 
 /* Moments of CLOCK_MONOTONIC, in ns. */
@@ -55,15 +57,45 @@ struct counters {
 
 enum ring_state { RING_OPEN, RING_CLOSING, RING_CLOSED };
 
+/* A thread that waits while another leads: on its own stack, and in the ring's list. */
+struct follower {
+    struct follower *next;
+    const struct request *request; /* what it waits for; NULL: completions, or any other change */
+    _Atomic uint32_t woken;
+};
+
+/* An event loop that waits: shared by the ring and the loop's Watch, and freed by the last of them. */
+struct watch {
+    struct watch *next;
+    int event_fd;
+    _Atomic uint32_t holders;
+    _Atomic bool unwatched;   /* its loop is through with it */
+    struct request *finished; /* requests whose future is to be set, by `next` */
+};
+
+/* Slots of SLOT_BYTES that aligned reads go into, where what is wanted of them is not aligned. */
+#define BOUNCE_SLOTS 32
+#define BOUNCE_SLOT_BYTES (64u << 10) /* gdsdirect/plan.py has it too */
+
+struct bounce_memory {
+    Memory *memory; /* NULL: there is none yet. Held as the ring's own memory is */
+    Py_buffer export;
+    uint16_t registered; /* the registered buffer that it is, or NOT_REGISTERED */
+    uint8_t free[BOUNCE_SLOTS];
+    uint8_t free_count;
+};
+
 typedef struct {
     PyObject_HEAD
     struct module_state *module;
-    Py_buffer memory;    /* held until nothing is in flight; its owner can't go before */
+    Memory *memory;      /* its numbers are good until the ring is freed */
+    Py_buffer export;    /* of it: until that is released the memory can't be closed */
     uint32_t registered; /* buffers registered with the kernel, each of 1 GiB but the last; or 0 */
     int register_errno;  /* why there are none */
     _Atomic uint32_t registered_most; /* bytes of a passthrough command that goes into one */
-    bool registers_files;             /* the ring has a table of REGISTERED_FILES files */
-    unsigned enter_flags;             /* IORING_ENTER_REGISTERED_RING, or 0 */
+    bool shared;          /* by all reads of files into a buffer; its user knows nothing of it */
+    bool registers_files; /* the ring has a table of REGISTERED_FILES files */
+    unsigned enter_flags; /* IORING_ENTER_REGISTERED_RING, or 0 */
     unsigned setup_flags;
     pthread_t owner_thread; /* the one that may call, with single_thread */
     char *fork_mark;        /* a page that holds 1, and 0 in a child after fork */
@@ -76,12 +108,17 @@ typedef struct {
     uint64_t next_token;
     uint32_t closings_seen; /* of module->closings */
 
+    struct request *first_queued; /* requests with commands to send, in turn; by `next` */
+    struct request *last_queued;
+    uint32_t requests; /* started and not finished */
+    uint32_t unowned;  /* references to this ring that finished requests had: to be let go of */
+    struct request *to_free; /* finished, and nobody has them; by `next` */
+    struct bounce_memory bounce;
+
     bool has_leader;
-    bool shared;            /* a second thread has waited: from then on leaders wait for one CQE */
     bool leader_called;     /* it was sent enough CQEs of our own to come back */
     unsigned leader_awaits; /* CQEs that the leader waits for */
-    unsigned followers;
-    _Atomic uint32_t news;
+    struct follower *followers;
 
     int event_fd; /* readable: outcomes wait in the table. -1 until fileno() is asked */
     int epoll_fd; /* event_fd and the arrivals' descriptor together */
@@ -90,8 +127,7 @@ typedef struct {
     int arrival_fd; /* signalled by the kernel: see arrival_fd_locked. -1 until it is needed */
     bool arrival_consumed; /* since arrival_fd was cleared */
 
-    int *watchers; /* eventfds, one for each event loop that waits: see ring_tell_watchers_locked */
-    size_t watcher_count;
+    struct watch *watches; /* one for each event loop that waits, by `next` */
 } Ring;
 
 /* In user_data of what the ring submits for itself. No slot has this index. */
@@ -134,18 +170,48 @@ int ring_check_caller(Ring *self);
 void ring_unlock(Ring *self);
 
 /* The exception for an outcome other than DONE. Returns NULL. */
-PyObject *ring_raise(int outcome, const char *call);
+PyObject *ring_raise(const Ring *self, int outcome, const char *call);
 
 /* OSError for a system call that failed, with the words of errors.py. `path` may be NULL. */
 void ring_raise_errno(int number, const char *call, PyObject *path);
 
+/* Wakes the followers that wait for `request`; NULL: those that wait for completions. */
+void ring_wake_locked(Ring *self, const struct request *request);
+
+/* Wakes all followers, to look again. */
+void ring_wake_all_locked(Ring *self);
+
+/* Wakes a follower to lead, where nobody does: at each end of a wait. */
+void ring_pass_the_lead_locked(Ring *self);
+
+/* Registers the memory of bounce slots. The registered buffer that it is, or NOT_REGISTERED. */
+uint16_t ring_register_bounce_locked(Ring *self);
+
+/* Waits on the futex word of a follower that is in the list, without the lock, until it is woken or the
+ * moment `until` has come. True: a signal has ended it. */
+bool ring_follow(struct follower *follower, int64_t until);
+
+/* Moments of CLOCK_MONOTONIC, in ns. */
+int64_t ring_now(void);
+struct timespec ring_time_left(int64_t deadline);
+
 /* Wakes the event loops that wait for completions, to look again: there are more, nothing is left to
  * wait for, or the stream was closed. Each has an eventfd of its own, since one that was shared would
  * be cleared by the first to look. A CQE that nobody has consumed they see on the ring's descriptor. */
-void ring_tell_watchers_locked(Ring *self);
+void ring_tell_watches_locked(Ring *self);
+
+/* Watch: the two descriptors that an event loop reads, for as long as it has this. */
+typedef struct {
+    PyObject_HEAD
+    struct watch *watch; /* a reference */
+    int arrivals;        /* a descriptor of its own for what arrival_fd_locked gives */
+} Watch;
+
+/* Makes one event loop look again. */
+void watch_tell(struct watch *watch);
+void watch_release(struct watch *watch);
 
 PyObject *ring_fileno(Ring *self, PyObject *ignored);
 PyObject *ring_watch(Ring *self, PyObject *ignored);
-PyObject *ring_unwatch(Ring *self, PyObject *event);
 
 #endif

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "reap.h"
+#include "requestobject.h"
 #include "sqe.h"
 #include "submit.h"
 
@@ -79,23 +80,24 @@ register_what_works(Ring *self)
 static int
 register_memory(Ring *self)
 {
-    const size_t nbytes = (size_t)self->memory.len;
+    const size_t nbytes = (size_t)self->memory->nbytes;
     const size_t count = (nbytes + REGISTERED_BYTES - 1) / REGISTERED_BYTES;
     if (count >= NOT_REGISTERED) {
         return ENOMEM;
     }
-    struct iovec *pieces = calloc(count, sizeof(*pieces));
+    /* One more, for bounce slots: ring_register_bounce_locked fills it. */
+    struct iovec *pieces = calloc(count + 1, sizeof(*pieces));
     if (pieces == NULL) {
         return ENOMEM;
     }
     for (size_t i = 0; i < count; i++) {
         const size_t offset = i * REGISTERED_BYTES;
-        pieces[i].iov_base = (char *)self->memory.buf + offset;
+        pieces[i].iov_base = self->memory->address + offset;
         pieces[i].iov_len = nbytes - offset < REGISTERED_BYTES ? nbytes - offset : REGISTERED_BYTES;
     }
     int result;
     Py_BEGIN_ALLOW_THREADS
-    result = io_uring_register_buffers(&self->ring, pieces, (unsigned)count);
+    result = io_uring_register_buffers(&self->ring, pieces, (unsigned)count + 1);
     Py_END_ALLOW_THREADS
     free(pieces);
     if (result == 0) {
@@ -117,8 +119,10 @@ ring_alloc(PyTypeObject *type, struct module_state *module, PyObject *buffer)
     self->table = INFLIGHT_EMPTY;
     self->ring.ring_fd = self->event_fd = self->epoll_fd = self->arrival_fd = -1;
     self->owner_thread = pthread_self();
+    self->bounce.registered = NOT_REGISTERED;
     pthread_mutex_init(&self->lock, NULL);
-    if (PyObject_GetBuffer(buffer, &self->memory, PyBUF_WRITABLE) < 0) {
+    self->memory = (Memory *)Py_NewRef(buffer);
+    if (PyObject_GetBuffer(buffer, &self->export, PyBUF_WRITABLE) < 0) {
         Py_CLEAR(self);
     }
     return self;
@@ -127,15 +131,15 @@ ring_alloc(PyTypeObject *type, struct module_state *module, PyObject *buffer)
 static PyObject *
 ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"buffer",   "depth", "single_thread", "sqpoll", "iopoll",
-                            "register", NULL};
+    static char *names[] = {"buffer", "depth",    "single_thread", "sqpoll",
+                            "iopoll", "register", "_shared",       NULL};
     PyObject *module = PyType_GetModuleByDef(type, &gdsdirect_uring_cmd_module);
     PyObject *buffer, *registering = Py_None;
     Py_ssize_t depth = 128;
-    int single_thread = 0, sqpoll = 0, iopoll = 0;
-    if (module == NULL ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "O|n$pppO:AsyncUringStream", names, &buffer,
-                                     &depth, &single_thread, &sqpoll, &iopoll, &registering)) {
+    int single_thread = 0, sqpoll = 0, iopoll = 0, shared = 0;
+    if (module == NULL || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|n$pppOp:AsyncUringStream",
+                                                       names, &buffer, &depth, &single_thread,
+                                                       &sqpoll, &iopoll, &registering, &shared)) {
         return NULL;
     }
     struct module_state *state = PyModule_GetState(module);
@@ -151,10 +155,12 @@ ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (demanded < 0) {
         return NULL;
     }
+    ring_collect_given_up(state);
     Ring *self = ring_alloc(type, state, buffer);
     if (self == NULL) {
         return NULL;
     }
+    self->shared = shared;
     self->setup_flags = (single_thread ? IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
                                              IORING_SETUP_TASKRUN_FLAG
                                        : 0) |
@@ -183,48 +189,85 @@ ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 
 /* ---- Closing ----------------------------------------------------------------------------- */
 
-/* Outcomes that nobody took hold their sources still, and so does the table of registered files. */
+/* What a ring gives back at its end. */
+struct remains {
+    struct io_uring ring;
+    bool has_files;
+    bool has_buffers;
+    int event_fd;
+    int epoll_fd;
+    int arrival_fd;
+    struct watch *watches;
+    Py_buffer export;
+    Py_buffer bounce;
+};
+
+/* Closes the ring and takes all that it has to give back out of it, in one step: whoever comes after this
+ * finds a ring that is closed, and nothing of it. Nothing is in flight. */
 static void
-drop_sources_locked(Ring *self)
+take_remains_locked(Ring *self, struct remains *remains)
 {
-    while (self->table.ready > 0) {
+    self->state = RING_CLOSED;
+    while (self->table.ready > 0) { /* that nobody took */
         holder_drop(&self->table, outcome_at(&self->table, --self->table.ready)->holder, 1);
     }
-    for (uint32_t i = 0; i < self->table.holders_allocated; i++) {
-        if (self->table.holders[i].registered) {
-            holder_finish(&self->table, i);
-        }
+    holders_unregister(&self->table);
+    *remains = (struct remains){
+        .ring = self->ring,
+        .has_files = self->registers_files,
+        .has_buffers = self->registered > 0 || self->bounce.registered != NOT_REGISTERED,
+        .event_fd = self->event_fd,
+        .epoll_fd = self->epoll_fd,
+        .arrival_fd = self->arrival_fd,
+        .watches = self->watches,
+        .export = self->export,
+        .bounce = self->bounce.export,
+    };
+    self->watches = NULL;
+    self->ring.ring_fd = self->event_fd = self->epoll_fd = self->arrival_fd = -1;
+    self->export = self->bounce.export = (Py_buffer){0};
+}
+
+static void
+close_descriptor(int fd)
+{
+    if (fd >= 0) {
+        close(fd);
     }
 }
 
-/* Gives everything back. Nothing is in flight, and no other thread comes in any more. */
+/* Gives it all back, without the lock: the memory's end can run Python code. */
 static void
-tear_down(Ring *self)
+give_back(const Ring *self, struct remains *remains)
 {
-    if (self->ring.ring_fd >= 0) {
+    struct io_uring *ring = &remains->ring;
+    if (ring->ring_fd >= 0) {
         const bool forked = ring_is_forked(self);
-        if (self->registers_files && !forked) {
-            /* What is left to the ring's end is let go of some time after it, by a kernel thread. */
-            io_uring_unregister_files(&self->ring);
+        /* What is left to the ring's end a kernel thread lets go of, some time after it. */
+        if (remains->has_files && !forked) {
+            io_uring_unregister_files(ring);
+        }
+        if (remains->has_buffers && !forked) {
+            io_uring_unregister_buffers(ring);
         }
         if (forked || !pthread_equal(self->owner_thread, pthread_self())) {
             /* A registered descriptor's index is its thread's; here it may be another ring's. No
              * thread has this one, and the owner's end frees its own. */
-            self->ring.enter_ring_fd = INT_MAX;
+            ring->enter_ring_fd = INT_MAX;
         }
-        io_uring_queue_exit(&self->ring);
-        self->ring.ring_fd = -1;
+        io_uring_queue_exit(ring);
     }
-    if (self->event_fd >= 0) {
-        close(self->event_fd);
-        close(self->epoll_fd);
-        self->event_fd = self->epoll_fd = -1;
+    while (remains->watches != NULL) {
+        struct watch *watch = remains->watches;
+        remains->watches = watch->next;
+        watch_tell(watch); /* its loop finds that the ring is closed */
+        watch_release(watch);
     }
-    if (self->arrival_fd >= 0) {
-        close(self->arrival_fd);
-        self->arrival_fd = -1;
-    }
-    PyBuffer_Release(&self->memory);
+    close_descriptor(remains->event_fd);
+    close_descriptor(remains->epoll_fd);
+    close_descriptor(remains->arrival_fd);
+    PyBuffer_Release(&remains->bounce);
+    PyBuffer_Release(&remains->export);
 }
 
 static int
@@ -248,8 +291,8 @@ static int
 close_locked(Ring *self, int64_t deadline)
 {
     self->state = RING_CLOSING;
-    ring_tell_followers_locked(self);
-    ring_tell_watchers_locked(self);
+    ring_wake_all_locked(self);
+    ring_tell_watches_locked(self);
     ring_reap_locked(self);
     if (self->has_leader && !self->leader_called) {
         ring_call_leader_locked(self);
@@ -278,17 +321,17 @@ ring_close(Ring *self, PyObject *args, PyObject *kwargs)
     if (ring_check_thread(self) < 0) {
         return NULL;
     }
+    struct remains remains;
     ring_lock(self);
     int result = self->state != RING_CLOSED ? close_locked(self, deadline) : DONE;
     uint32_t left = inflight_count(&self->table);
     const bool last = result == DONE && self->state != RING_CLOSED;
     if (last) {
-        self->state = RING_CLOSED; /* from here on no other thread touches the ring */
-        drop_sources_locked(self);
+        take_remains_locked(self, &remains);
     }
     ring_unlock(self);
     if (last) {
-        tear_down(self);
+        give_back(self, &remains);
     }
     if (result == ETIME) {
         return PyErr_Format(PyExc_TimeoutError,
@@ -297,9 +340,35 @@ ring_close(Ring *self, PyObject *args, PyObject *kwargs)
                             left);
     }
     if (result != DONE) {
-        return ring_raise(result, "io_uring_enter");
+        return ring_raise(self, result, "io_uring_enter");
     }
     Py_RETURN_NONE;
+}
+
+/* _close_if_idle(): closes a ring that no request needs; else it stays open, and this is False. */
+static PyObject *
+ring_close_if_idle(Ring *self, PyObject *Py_UNUSED(ignored))
+{
+    struct remains remains;
+    if (ring_check_process(self) < 0) {
+        return NULL;
+    }
+    ring_lock(self);
+    if (self->state == RING_OPEN) {
+        ring_fetch_locked(self);
+    }
+    const bool idle = self->state == RING_OPEN && self->requests == 0 && !self->has_leader &&
+                      inflight_count(&self->table) == 0 && self->table.ready == 0;
+    const bool closed = idle || self->state == RING_CLOSED;
+    if (idle) {
+        ring_wake_all_locked(self);
+        take_remains_locked(self, &remains);
+    }
+    ring_unlock(self);
+    if (idle) {
+        give_back(self, &remains);
+    }
+    return PyBool_FromLong(closed);
 }
 
 /* ---- Collecting -------------------------------------------------------------------------- */
@@ -311,7 +380,10 @@ ring_traverse(Ring *self, visitproc visit, void *arg)
     /* With commands in flight the kernel owns the memory: unvisited, it and all that keeps it
      * mapped look alive to the collector, which so can't free them in a cycle with the stream. */
     if (inflight_count(&self->table) == 0) {
-        Py_VISIT(self->memory.obj);
+        Py_VISIT(self->memory);
+        Py_VISIT(self->export.obj);
+        Py_VISIT(self->bounce.memory);
+        Py_VISIT(self->bounce.export.obj);
     }
     return 0; /* sources hold no Python objects that could be part of a cycle */
 }
@@ -319,8 +391,8 @@ ring_traverse(Ring *self, visitproc visit, void *arg)
 static void
 ring_finalize(Ring *self)
 {
-    if (self->state == RING_CLOSED || ring_is_forked(self)) {
-        return;
+    if (self->state == RING_CLOSED || ring_is_forked(self) || self->shared) {
+        return; /* a shared one is not its user's to close, and has nothing in flight here */
     }
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
@@ -340,7 +412,7 @@ ring_finalize(Ring *self)
     PyErr_Restore(type, value, traceback);
 }
 
-/* What nobody can be waiting for any more. With commands in flight the ring, the memory and its
+/* Frees a ring that no thread can be waiting on. With commands in flight the ring, the memory and its
  * owner are left to the kernel for good: it may write there as long as the process lives. */
 static void
 ring_dealloc(Ring *self)
@@ -350,21 +422,20 @@ ring_dealloc(Ring *self)
         return;
     }
     PyObject_GC_UnTrack(self);
-    if (inflight_count(&self->table) == 0 || ring_is_forked(self)) {
-        drop_sources_locked(self);
-        tear_down(self);
+    if (inflight_count(&self->table) == 0 || (self->fork_mark != NULL && ring_is_forked(self))) {
+        struct remains remains;
+        take_remains_locked(self, &remains);
+        give_back(self, &remains);
         Source *source;
         while ((source = inflight_finished_source(&self->table)) != NULL) {
             Py_DECREF(source);
         }
+        Py_XDECREF(self->bounce.memory);
+        Py_XDECREF(self->memory);
     }
     if (self->fork_mark != NULL) {
         munmap(self->fork_mark, 1);
     }
-    for (size_t i = 0; i < self->watcher_count; i++) {
-        close(self->watchers[i]);
-    }
-    free(self->watchers);
     inflight_destroy(&self->table);
     pthread_mutex_destroy(&self->lock);
     type->tp_free(self);
@@ -431,6 +502,24 @@ ring_get_registered(const Ring *self, void *Py_UNUSED(closure))
     return PyBool_FromLong(self->registered > 0);
 }
 
+static PyObject *
+ring_get_register_errno(const Ring *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromLong(self->register_errno);
+}
+
+static PyObject *
+ring_get_has_bounce(Ring *self, void *Py_UNUSED(closure))
+{
+    if (ring_check_process(self) < 0) {
+        return NULL;
+    }
+    ring_lock(self);
+    const bool has = self->bounce.memory != NULL;
+    ring_unlock(self);
+    return PyBool_FromLong(has);
+}
+
 static PyGetSetDef ring_getset[] = {
     {"closed", (getter)ring_get_closed, NULL, "Whether close() was called.", NULL},
     {"depth", (getter)ring_get_depth, NULL, "Commands that the kernel has at once, at most.", NULL},
@@ -438,12 +527,15 @@ static PyGetSetDef ring_getset[] = {
      "Commands submitted whose completion was not handed out yet.", NULL},
     {"registered", (getter)ring_get_registered, NULL,
      "Whether the buffer is registered with the kernel.", NULL},
+    {"_register_errno", (getter)ring_get_register_errno, NULL, "Why it isn't, or 0.", NULL},
+    {"_has_bounce", (getter)ring_get_has_bounce, NULL, "Whether there are bounce slots.", NULL},
     {0},
 };
 
 /* ---- Type -------------------------------------------------------------------------------- */
 
 #define KEYWORDS(function) ((PyCFunction)(void (*)(void))(function))
+#define FASTCALL(function) KEYWORDS(function)
 
 PyDoc_STRVAR(
     passthrough_doc,
@@ -538,11 +630,17 @@ static PyMethodDef ring_methods[] = {
     {"wait_into", KEYWORDS(ring_wait_into), METH_FASTCALL | METH_KEYWORDS, wait_into_doc},
     {"close", KEYWORDS(ring_close), METH_VARARGS | METH_KEYWORDS, close_doc},
     {"fileno", (PyCFunction)ring_fileno, METH_NOARGS, fileno_doc},
-    {"_submit_files", (PyCFunction)ring_submit_files, METH_VARARGS, NULL},
     {"_take", (PyCFunction)ring_take, METH_VARARGS, NULL},
     {"_watch", (PyCFunction)ring_watch, METH_NOARGS, NULL},
-    {"_unwatch", (PyCFunction)ring_unwatch, METH_O, NULL},
+    {"_arrived", (PyCFunction)ring_arrived, METH_O, NULL},
     {"_look", (PyCFunction)ring_look, METH_NOARGS, NULL},
+    {"_request", FASTCALL(ring_request), METH_FASTCALL, NULL},
+    {"_lend_bounce", (PyCFunction)ring_lend_bounce, METH_O, NULL},
+    {"_carry_out", FASTCALL(ring_carry_out), METH_FASTCALL, NULL},
+    {"_start", (PyCFunction)ring_start, METH_O, NULL},
+    {"_read", FASTCALL(ring_read), METH_FASTCALL, NULL},
+    {"_wait_until_free", (PyCFunction)ring_wait_until_free, METH_VARARGS, NULL},
+    {"_close_if_idle", (PyCFunction)ring_close_if_idle, METH_NOARGS, NULL},
     {"_counters", (PyCFunction)ring_counters, METH_NOARGS, NULL},
     {0},
 };

@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <linux/magic.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
@@ -30,7 +31,7 @@ gdsdirect_source_acquire(Source *source)
 void
 gdsdirect_source_release(Source *source)
 {
-    if (atomic_fetch_sub(&source->users, 1) == (SOURCE_CLOSED | 1) && !source->borrowed) {
+    if (atomic_fetch_sub(&source->users, 1) == (SOURCE_CLOSED | 1)) {
         close(source->fd);
     }
 }
@@ -38,7 +39,7 @@ gdsdirect_source_release(Source *source)
 static void
 source_shut(Source *self)
 {
-    if (self->fd < 0 || self->borrowed) {
+    if (self->fd < 0) {
         return;
     }
     if (atomic_fetch_or(&self->users, SOURCE_CLOSED) == 0) {
@@ -78,7 +79,72 @@ source_fileno(Source *self, PyObject *Py_UNUSED(ignored))
     return PyLong_FromLong(self->fd);
 }
 
+/* Keeps the descriptor open until source_release. -1 with ValueError once it is closed. */
+static int
+source_hold(Source *self)
+{
+    if (gdsdirect_source_acquire(self)) {
+        return 0;
+    }
+    PyErr_Format(PyExc_ValueError, "%S is closed", self->path);
+    return -1;
+}
+
+/* using(function, *args): function(fd, *args), while nobody closes the descriptor, whose number would then
+ * be another file's. */
+static PyObject *
+source_using(Source *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    if (nargs < 1) {
+        PyErr_SetString(PyExc_TypeError, "using(function, *args) takes a function first");
+        return NULL;
+    }
+    PyObject **stack = PyMem_New(PyObject *, (size_t)nargs);
+    if (stack == NULL) {
+        return PyErr_NoMemory();
+    }
+    PyObject *result = NULL;
+    stack[0] = source_hold(self) == 0 ? PyLong_FromLong(self->fd) : NULL;
+    if (stack[0] != NULL) {
+        for (Py_ssize_t i = 1; i < nargs; i++) {
+            stack[i] = args[i];
+        }
+        result = PyObject_Vectorcall(args[0], stack, (size_t)nargs, NULL);
+        gdsdirect_source_release(self);
+        Py_DECREF(stack[0]);
+    }
+    PyMem_Free(stack);
+    return result;
+}
+
+/* The end of the file or device: bytes that there are now. */
+static PyObject *
+source_size(Source *self, PyObject *Py_UNUSED(ignored))
+{
+    if (source_hold(self) < 0) {
+        return NULL;
+    }
+    const off_t end = lseek(self->fd, 0, SEEK_END);
+    const int failed = errno;
+    gdsdirect_source_release(self);
+    if (end < 0) {
+        errno = failed;
+        return PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, self->path);
+    }
+    return PyLong_FromLongLong(end);
+}
+
 /* ---- Lifetime ---------------------------------------------------------------------------- */
+
+/* Whether the file system keeps its files in memory, and nowhere else. */
+static bool
+is_in_memory(int fd)
+{
+    struct statfs system;
+    return fstatfs(fd, &system) == 0 &&
+           (system.f_type == TMPFS_MAGIC || system.f_type == RAMFS_MAGIC ||
+            system.f_type == HUGETLBFS_MAGIC);
+}
 
 /* Whether reads go past the page cache. File systems whose files are in memory have nothing else:
  * tmpfs takes O_DIRECT all the same from Linux 6.6 on, and copies. Device nodes are on such a file
@@ -88,7 +154,6 @@ static bool
 reads_directly(int fd, int flags)
 {
     struct statx file;
-    struct statfs system;
     if (!(flags & O_DIRECT)) {
         return false;
     }
@@ -99,9 +164,29 @@ reads_directly(int fd, int flags)
     if (file.stx_mask & STATX_DIOALIGN && dioalign_of(&file).offset == 0) {
         return false;
     }
-    return fstatfs(fd, &system) < 0 ||
-           (system.f_type != TMPFS_MAGIC && system.f_type != RAMFS_MAGIC &&
-            system.f_type != HUGETLBFS_MAGIC);
+    return !is_in_memory(fd);
+}
+
+/* Whether a read can wait for others, such as a FUSE file's server, inside the system call that submits it.
+ * io_uring asks a file for what is there at once only if it says that it can tell (FMODE_NOWAIT), and else,
+ * where there is no block device below, calls it as it is (io_file_supports_nowait; Linux 6.18). Such a file
+ * refuses RWF_NOWAIT. What is in memory waits for nobody. */
+static bool
+waits_for_others(int fd)
+{
+    char byte;
+    const struct iovec piece = {.iov_base = &byte, .iov_len = 1};
+    struct stat file;
+    return preadv2(fd, &piece, 1, 0, RWF_NOWAIT) < 0 && errno == EOPNOTSUPP &&
+           fstat(fd, &file) == 0 && S_ISREG(file.st_mode) && !is_in_memory(fd);
+}
+
+/* What a file is read by. */
+static void
+learn(Source *self, int flags)
+{
+    self->is_direct = reads_directly(self->fd, flags);
+    self->may_block = (flags & O_ACCMODE) != O_WRONLY && waits_for_others(self->fd);
 }
 
 static int
@@ -145,29 +230,13 @@ source_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->capacity = capacity;
     self->metadata_size = metadata_size;
     self->safe_transfer = safe_transfer < UINT32_MAX ? (uint32_t)safe_transfer : UINT32_MAX;
-    self->is_direct = reads_directly(fd, flags);
     if (nsid != 0 && source_set_bounds(self, lba_size, max_transfer) < 0) {
         Py_DECREF(self);
         return NULL;
     }
     self->fd = fd;
+    learn(self, flags);
     return (PyObject *)self;
-}
-
-Source *
-gdsdirect_source_borrow(PyTypeObject *type, int fd, PyObject *path)
-{
-    const int flags = fcntl(fd, F_GETFL);
-    if (flags < 0) {
-        return (Source *)PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, path);
-    }
-    Source *self = source_alloc(type, path);
-    if (self != NULL) {
-        self->fd = fd;
-        self->borrowed = true;
-        self->is_direct = reads_directly(fd, flags);
-    }
-    return self;
 }
 
 Source *
@@ -176,23 +245,38 @@ gdsdirect_source_own_fd(PyTypeObject *type, int fd, int flags, PyObject *path)
     Source *self = source_alloc(type, path);
     if (self != NULL) {
         self->fd = fd;
-        self->is_direct = reads_directly(fd, flags);
+        learn(self, flags);
     }
     return self;
 }
 
-bool
-gdsdirect_source_own(Source *source)
+/* open_source(name, flags, path) -> Source: open(2) of `name`, which messages call `path`. */
+PyObject *
+gdsdirect_open_source(PyObject *module, PyObject *args)
 {
-    if (source->borrowed) {
-        const int own = fcntl(source->fd, F_DUPFD_CLOEXEC, 0);
-        if (own < 0) {
-            return false;
-        }
-        source->fd = own;
-        source->borrowed = false;
+    struct module_state *state = PyModule_GetState(module);
+    PyObject *name, *path;
+    int flags, fd;
+    if (!PyArg_ParseTuple(args, "O&iU:open_source", PyUnicode_FSConverter, &name, &flags, &path)) {
+        return NULL;
     }
-    return true;
+    do {
+        Py_BEGIN_ALLOW_THREADS
+        fd = open(PyBytes_AS_STRING(name), flags | O_CLOEXEC);
+        Py_END_ALLOW_THREADS
+    } while (fd < 0 && errno == EINTR && PyErr_CheckSignals() == 0);
+    Source *self = NULL;
+    if (fd >= 0) {
+        self = gdsdirect_source_own_fd(state->source_type, fd, flags, path);
+    }
+    else if (!PyErr_Occurred()) {
+        PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, path);
+    }
+    if (self == NULL && fd >= 0) {
+        close(fd);
+    }
+    Py_DECREF(name);
+    return (PyObject *)self;
 }
 
 static int
@@ -260,6 +344,10 @@ static PyMethodDef source_methods[] = {
     {"close", (PyCFunction)source_close, METH_NOARGS,
      "Close the descriptor, as soon as no command in flight needs it."},
     {"fileno", (PyCFunction)source_fileno, METH_NOARGS, "The descriptor; ValueError once closed."},
+    {"size", (PyCFunction)source_size, METH_NOARGS,
+     "Bytes that there are; ValueError once closed."},
+    {"using", (PyCFunction)(void (*)(void))source_using, METH_FASTCALL,
+     "using(function, *args): function(fd, *args), with the descriptor held open."},
     {0},
 };
 

@@ -24,7 +24,25 @@ ring_enter_locked(Ring *self)
     return result == 0 && io_uring_sq_ready(&self->ring) > 0 ? EAGAIN : 0;
 }
 
-/* The same, until the kernel has memory for it. */
+struct slot *
+ring_unconsumed_locked(Ring *self)
+{
+    struct io_uring_sq *sq = &self->ring.sq;
+    struct slot *slot = NULL;
+    if (self->setup_flags & IORING_SETUP_SQPOLL) {
+        return NULL;
+    }
+    const unsigned head = io_uring_smp_load_acquire(sq->khead);
+    while (slot == NULL && sq->sqe_tail != head) {
+        const unsigned last = sq->sqe_tail - 1;
+        slot = inflight_find(&self->table, sq->sqes[(size_t)(last & sq->ring_mask) * 2].user_data);
+        sq->sqe_head = sq->sqe_tail = last;
+        io_uring_smp_store_release(sq->ktail, last);
+    }
+    return slot;
+}
+
+/* ring_enter_locked, until the kernel has memory for it. */
 static void
 enter_at_last_locked(Ring *self)
 {
@@ -53,8 +71,9 @@ ring_send_own_locked(Ring *self, uint8_t opcode, unsigned count)
 static bool
 may_go_unregistered(const Ring *self, const struct slot *slot)
 {
-    const Memory *memory = (const Memory *)self->memory.obj;
-    return !memory->exposed || alias_is_held(memory->aliases, slot->address, slot->nbytes);
+    const bool bounced = slot->request != NULL && slot->request->bounces != NULL;
+    const Memory *memory = bounced ? self->bounce.memory : self->memory;
+    return !memory->exposed || alias_is_held(&self->module->aliases, slot->address, slot->nbytes);
 }
 
 bool
@@ -95,7 +114,7 @@ ring_register_file_locked(Ring *self, uint32_t index)
     const int fd = holder->source->fd;
     if (io_uring_register_files_update(&self->ring, index, &fd, 1) == 1) {
         holder->registered = true;
-        gdsdirect_source_release(holder->source); /* it may be closed: the kernel has the file */
+        holder_release(holder); /* it may be closed: the kernel has the file */
     }
 }
 

@@ -29,7 +29,8 @@ target_of(const Ring *self, uint32_t index)
     const struct holder *holder = &self->table.holders[index];
     return (struct target){
         .fd = holder->registered ? (int)index : holder->source->fd,
-        .flags = holder->registered ? IOSQE_FIXED_FILE : 0,
+        .flags = (holder->registered ? IOSQE_FIXED_FILE : 0) |
+                 (holder->source->may_block ? IOSQE_ASYNC : 0),
         .nsid = holder->source->nsid,
         .lba_shift = holder->source->lba_shift,
     };
@@ -104,6 +105,11 @@ prepare_locked(Ring *self, const struct target *target, const struct slot *slot,
 
 /* Sends what is prepared. 0, or a positive errno if the kernel did not take all of it. */
 int ring_enter_locked(Ring *self);
+
+/* Takes the last prepared SQE back that the kernel has not consumed, and returns the slot that it is of.
+ * NULL: there are none, or a polling thread has them. The kernel reads the queue only inside
+ * io_uring_enter, so they are still ours. */
+struct slot *ring_unconsumed_locked(Ring *self);
 
 /* Sends what the ring needs for itself, `count` times: IORING_OP_NOP to wake the leader,
  * IORING_OP_ASYNC_CANCEL to have everything cancelled. */

@@ -3,14 +3,21 @@
  */
 #include "submit.h"
 
+#include <errno.h>
+#include <fcntl.h>
+#include <unistd.h>
+
 #include "check.h"
 
 /* ---- submit_nvme_passthrough ------------------------------------------------------------- */
 
-/* The Source that `object` keeps as _source, a new reference; NULL without an exception: none. */
+/* The Source that `object` is, or keeps as _source, a new reference; NULL without an exception: none. */
 static Source *
 source_of(Ring *self, PyObject *object)
 {
+    if (Py_IS_TYPE(object, self->module->source_type)) {
+        return (Source *)Py_NewRef(object);
+    }
     PyObject *source = PyObject_GetAttr(object, self->module->source_name);
     if (source == NULL) {
         if (PyErr_ExceptionMatches(PyExc_AttributeError)) {
@@ -198,30 +205,45 @@ name_of(const Ring *self, PyObject *file, int fd)
     return PyUnicode_FromFormat("file descriptor %d", fd);
 }
 
-/* The Source that `file` keeps (`lasting`), or one that borrows the caller's descriptor: the kernel
- * takes the file when it takes the command. */
+/* A Source on a duplicate of the caller's descriptor, which may be closed, and its number reused, before the
+ * kernel looks it up. */
+static Source *
+duplicate_of(Ring *self, PyObject *file)
+{
+    const int fd = PyObject_AsFileDescriptor(file);
+    if (fd < 0) {
+        return NULL;
+    }
+    const int own = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    const int flags = own < 0 ? -1 : fcntl(own, F_GETFL);
+    const int failed = errno;
+    PyObject *name = name_of(self, file, fd);
+    Source *source = NULL;
+    if (name != NULL && flags >= 0) {
+        source = gdsdirect_source_own_fd(self->module->source_type, own, flags, name);
+    }
+    else if (name != NULL) {
+        ring_raise_errno(failed, "duplicating the descriptor", name);
+    }
+    if (source == NULL && own >= 0) {
+        close(own);
+    }
+    Py_XDECREF(name);
+    return source;
+}
+
+/* The Source that `file` keeps (`lasting`), or one of this submission alone. */
 static Source *
 file_source(Ring *self, PyObject *file, bool *lasting)
 {
     Source *source = source_of(self, file);
     *lasting = source != NULL;
-    if (source != NULL || PyErr_Occurred()) {
-        if (source != NULL && source->is_nvme) {
-            PyErr_Format(PyExc_TypeError,
-                         "%S is an NVMe namespace: read it with submit_nvme_passthrough",
-                         source->path);
-            Py_CLEAR(source);
-        }
-        return source;
+    if (source != NULL && source->is_nvme) {
+        PyErr_Format(PyExc_TypeError,
+                     "%S is an NVMe namespace: read it with submit_nvme_passthrough", source->path);
+        Py_CLEAR(source);
     }
-    int fd = PyObject_AsFileDescriptor(file);
-    PyObject *name = fd >= 0 ? name_of(self, file, fd) : NULL;
-    if (name == NULL) {
-        return NULL;
-    }
-    source = gdsdirect_source_borrow(self->module->source_type, fd, name);
-    Py_DECREF(name);
-    return source;
+    return source != NULL || PyErr_Occurred() ? source : duplicate_of(self, file);
 }
 
 /* Why a read can't go into registered memory: stream.py has the words. Returns -1. */
@@ -350,79 +372,4 @@ PyObject *
 ring_submit_reads_fixed(Ring *self, PyObject *args, PyObject *kwargs)
 {
     return submit_file_reads(self, args, kwargs, true);
-}
-
-/* ---- _submit_files ----------------------------------------------------------------------- */
-
-/* Read `index` of the arrays as a batch of its own. -1 with an exception; batch_clear ends it. */
-static int
-file_batch(Ring *self, struct batch *batch, PyObject *source, const struct read_arrays *arrays,
-           size_t index, bool fixed)
-{
-    batch->commands = batch->few;
-    batch->count = 1;
-    if (!Py_IS_TYPE(source, self->module->source_type)) {
-        PyErr_Format(PyExc_TypeError, "sources[%zu] must be a Source", index);
-        return -1;
-    }
-    batch->source = (Source *)Py_NewRef(source);
-    batch->way = way_of(batch->source, fixed);
-    return check_array_read(self, arrays, index, batch->few) < 0
-               ? -1
-               : settle_registered(self, batch, fixed);
-}
-
-static int
-send_files(Ring *self, PyObject *sources, const struct read_arrays *arrays, bool fixed,
-           PyObject *user_data)
-{
-    const size_t n = (size_t)PyTuple_GET_SIZE(sources);
-    if (n != (size_t)arrays->offsets.len / 8) {
-        PyErr_Format(PyExc_ValueError, "%zu sources and %zd reads: give one of each", n,
-                     arrays->offsets.len / 8);
-        return -1;
-    }
-    struct batch *batches = PyMem_Calloc(n, sizeof(*batches));
-    if (batches == NULL) {
-        PyErr_NoMemory();
-        return -1;
-    }
-    int failed = 0;
-    size_t filled = 0;
-    while (filled < n && !failed) {
-        failed = file_batch(self, &batches[filled], PyTuple_GET_ITEM(sources, (Py_ssize_t)filled),
-                            arrays, filled, fixed);
-        filled++;
-    }
-    if (!failed) {
-        failed = send_batches(self, batches, n, user_data);
-    }
-    while (filled > 0) {
-        batch_clear(&batches[--filled]);
-    }
-    PyMem_Free(batches);
-    return failed;
-}
-
-/* _submit_files(sources, file_offsets, nbytes, target_offsets, fixed, user_data): one read of each source,
- * none of which is registered, since a file of a dataset is read once. */
-PyObject *
-ring_submit_files(Ring *self, PyObject *args)
-{
-    PyObject *sources, *file_offsets, *nbytes, *target_offsets, *user_data;
-    struct read_arrays arrays = {0};
-    int fixed, failed = -1;
-    if (!PyArg_ParseTuple(args, "O!OOOpO:_submit_files", &PyTuple_Type, &sources, &file_offsets,
-                          &nbytes, &target_offsets, &fixed, &user_data) ||
-        ring_check_caller(self) < 0) {
-        return NULL;
-    }
-    if (read_arrays_get(self, &arrays, file_offsets, nbytes, target_offsets) == 0) {
-        failed = send_files(self, sources, &arrays, fixed, user_data);
-    }
-    read_arrays_release(&arrays);
-    if (failed) {
-        return NULL;
-    }
-    Py_RETURN_NONE;
 }

@@ -13,6 +13,5 @@ PyObject *ring_submit_read(Ring *self, PyObject *args, PyObject *kwargs);
 PyObject *ring_submit_read_fixed(Ring *self, PyObject *args, PyObject *kwargs);
 PyObject *ring_submit_reads(Ring *self, PyObject *args, PyObject *kwargs);
 PyObject *ring_submit_reads_fixed(Ring *self, PyObject *args, PyObject *kwargs);
-PyObject *ring_submit_files(Ring *self, PyObject *args);
 
 #endif

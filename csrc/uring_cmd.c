@@ -17,6 +17,7 @@ static int
 module_exec(PyObject *module)
 {
     struct module_state *state = PyModule_GetState(module);
+    pthread_mutex_init(&state->given_up.lock, NULL);
     if (!alias_init(&state->aliases)) {
         PyErr_NoMemory();
         return -1;
@@ -25,7 +26,9 @@ module_exec(PyObject *module)
         (state->name_name = PyUnicode_InternFromString("name")) == NULL ||
         (state->memory_type = add_type(module, &gdsdirect_memory_spec)) == NULL ||
         (state->source_type = add_type(module, &gdsdirect_source_spec)) == NULL ||
-        (state->ring_type = add_type(module, &gdsdirect_ring_spec)) == NULL) {
+        (state->ring_type = add_type(module, &gdsdirect_ring_spec)) == NULL ||
+        (state->request_type = add_type(module, &gdsdirect_request_spec)) == NULL ||
+        (state->watch_type = add_type(module, &gdsdirect_watch_spec)) == NULL) {
         return -1;
     }
     return 0;
@@ -38,6 +41,8 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->memory_type);
     Py_VISIT(state->source_type);
     Py_VISIT(state->ring_type);
+    Py_VISIT(state->request_type);
+    Py_VISIT(state->watch_type);
     return 0;
 }
 
@@ -50,6 +55,8 @@ module_clear(PyObject *module)
     Py_CLEAR(state->memory_type);
     Py_CLEAR(state->source_type);
     Py_CLEAR(state->ring_type);
+    Py_CLEAR(state->request_type);
+    Py_CLEAR(state->watch_type);
     return 0;
 }
 
@@ -70,6 +77,8 @@ static PyMethodDef module_methods[] = {
      "dlpack(memory, offset, code, bits, shape, versioned) -> a DLPack capsule of part of memory."},
     {"take_dlpack", gdsdirect_take_dlpack, METH_O,
      "take_dlpack(capsule) -> (keeper, address, nbytes, contiguous, readonly) of a DLPack capsule."},
+    {"open_source", gdsdirect_open_source, METH_VARARGS,
+     "open_source(name, flags, path) -> Source: open(2) of name, which messages call path."},
     {"open_sources", gdsdirect_open_sources, METH_VARARGS,
      "open_sources(paths, flags) -> for each its path, a Source or None, and its size: see csrc/open.c."},
     {"read_sources", gdsdirect_read_sources, METH_VARARGS,

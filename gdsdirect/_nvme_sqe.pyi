@@ -31,15 +31,6 @@ def encode_nvme_read_sqes(
     out: _B,
 ) -> _B: ...
 def decode_nvme_read_sqe(command: Buffer, /) -> tuple[int, int, int, int]: ...
-def _encode_byte_reads(
-    namespace_id: int,
-    lba_size: int,
-    offsets: Buffer,
-    sizes: Buffer,
-    targets: Buffer,
-    address: int,
-    /,
-) -> bytes: ...
 def _locate(extents: Buffer, offsets: Buffer, sizes: Buffer, /) -> bytes | None: ...
 def _survey(
     offsets: Buffer, sizes: Buffer, targets: Buffer, /

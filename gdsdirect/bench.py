@@ -19,9 +19,9 @@ from typing import Any, Self
 
 from gdsdirect._nvme_sqe import encode_nvme_read_sqes
 from gdsdirect.errors import completion_error
-from gdsdirect.lane import lane_of
 from gdsdirect.memory import GpuMappedBuffer, MemoryKind
 from gdsdirect.origin import Origin
+from gdsdirect.shared_ring import ring_of
 from gdsdirect.stream import COMPLETION_FORMAT, AsyncUringStream, DataPath
 
 _PLACES = 1 << 18  # reads that are laid out for a round; those that follow are the same again
@@ -197,8 +197,8 @@ class Bench:
         try:
             self._size = self._origin.size
             with self._memory(_PAGE) as buffer:
-                lane = lane_of(buffer, None)
-                obstacles = {way: self._origin.obstacle(way, lane) for way in settings.ways}
+                ring = ring_of(buffer)
+                obstacles = {way: self._origin.obstacle(way, ring) for way in settings.ways}
                 self._kind = buffer.kind
         except BaseException:
             self._origin.close()

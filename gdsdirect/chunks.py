@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Self, overload
 from weakref import ref
 
 from gdsdirect.cuda import is_on_gpu
-from gdsdirect.lane import Lane, Request, lane_of
 from gdsdirect.memory import GpuMappedBuffer
 from gdsdirect.plan import REGISTERED
+from gdsdirect.shared_ring import SharedRing, ring_of
 from gdsdirect.stream import DataPath
 from gdsdirect.supply import BATCH, GRAIN, Failed, Landed, Load, ManyFiles, Supply
 from gdsdirect.transfer import Require, permitted
@@ -125,7 +125,7 @@ class ChunkStream:
         self._slots = len(self._free)
         # So many are free before a load begins: small files would else go one by one.
         self._enough = max(1, min(BATCH, self._slots // 8))
-        self._lane: Lane | None = None
+        self._ring: SharedRing | None = None
         self._reader: AbstractEventLoop | None = None
         self._ahead: deque[Load] = deque()
         self._ready: deque[Landed | Failed] = deque()
@@ -175,12 +175,12 @@ class ChunkStream:
 
     # ---- Chunks
 
-    def _read_ahead(self, lane: Lane) -> bool:
+    def _read_ahead(self, ring: SharedRing) -> bool:
         """Load into what is free; whether the supply has to open something first."""
         if self._lingering:
             self._collect_lingering()
         while len(self._free) >= self._enough or (self._free and not self._ahead):
-            load = self._supply.load(lane, self._free)
+            load = self._supply.load(ring, self._free)
             if load is None:
                 return self._supply.hungry
             self._ahead.append(load)
@@ -208,25 +208,25 @@ class ChunkStream:
         self._out[slot] = ref(chunk)
         return chunk
 
-    def _lane_for(self, loop: AbstractEventLoop | None) -> Lane:
+    def _ring_for(self, loop: AbstractEventLoop | None) -> SharedRing:
         if self._closed:
             raise ValueError("the stream is closed")
-        if self._lane is None:
-            self._lane = lane_of(self._buffer, loop)
+        if self._ring is None:
+            self._ring = ring_of(self._buffer)
             self._reader = loop
             self._begun = time.monotonic()
         elif self._reader is not loop:
             raise RuntimeError("the stream is read by `for` or by one loop's `async for`, not both")
-        return self._lane
+        return self._ring
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Chunk:
         with self._turn:
-            lane = self._lane_for(None)
+            ring = self._ring_for(None)
             while True:
-                if self._read_ahead(lane):
+                if self._read_ahead(ring):
                     self._supply.open()
                 elif self._ready:
                     return self._hand_out(self._ready.popleft())
@@ -250,9 +250,9 @@ class ChunkStream:
         loop = asyncio.get_running_loop()
         self._turn_async = self._turn_async or asyncio.Lock()
         async with self._turn_async:
-            lane = self._lane_for(loop)
+            ring = self._ring_for(loop)
             while True:
-                if self._read_ahead(lane):
+                if self._read_ahead(ring):
                     # It goes on if this task is cancelled, and the next one waits for it.
                     self._opening = self._opening or loop.run_in_executor(None, self._supply.open)
                     await asyncio.shield(self._opening)
@@ -285,10 +285,9 @@ class ChunkStream:
 
     # ---- The end
 
-    def _give_up(self) -> list[Request]:
-        """What is in flight still."""
+    def _give_up(self) -> None:
         if self._closed:
-            return []
+            return
         self._closed = True
         for load in self._ahead:
             load.close()
@@ -303,21 +302,14 @@ class ChunkStream:
         if self._ours:
             with contextlib.suppress(BufferError):  # an array of a chunk, or a read in flight
                 self._buffer.close()
-        return [] if self._lane is None else self._lane.abandoned
 
     def close(self) -> None:
-        """Read nothing more, wait for what is in flight, and release all chunks.
-
-        After `async for`, what is in flight is left to the loop: see `aclose`.
-        """
-        for request in self._give_up():
-            if not request.lane.is_a_loops():
-                request.lane.wait(request, None)
+        """Read nothing more, wait for what is in flight, and release all chunks."""
+        self._give_up()
 
     async def aclose(self) -> None:
         """The same for asyncio."""
-        for request in self._give_up():
-            await request.lane.wait_async(request)
+        self._give_up()
 
     def __del__(self) -> None:
         for load in getattr(self, "_ahead", ()):

@@ -42,8 +42,8 @@ class Extents:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        _require_blocks_of_its_own(source.fileno())
-        path, self._start = _namespace_below(os.fstat(source.fileno()).st_dev, Sysfs())
+        source.using(_require_blocks_of_its_own)
+        path, self._start = _namespace_below(source.using(os.fstat).st_dev, Sysfs())
         try:
             self.namespace = Namespace(path)
         except (OSError, ValueError) as error:
@@ -73,7 +73,7 @@ class Held:
 
     def __init__(self, source: Source, start: int, first: int, end: int) -> None:
         # An open file of its own: a forked child may give up its parent's leases.
-        self._fd = os.open(f"/proc/self/fd/{source.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = source.using(_open_again)
         self._range = first, end
         try:
             self._lease()
@@ -166,6 +166,10 @@ class Held:
 
     def __exit__(self, *exception: object) -> None:
         self.release()
+
+
+def _open_again(fd: int) -> int:
+    return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _namespace_below(number: int, sysfs: Sysfs) -> tuple[str, int]:

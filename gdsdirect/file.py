@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Self, overload
 
 from gdsdirect.chunks import ChunkStream, stream_of
 from gdsdirect.cuda import is_on_gpu
-from gdsdirect.lane import lane_of
 from gdsdirect.memory import GpuMappedBuffer
 from gdsdirect.origin import Origin
 from gdsdirect.plan import Plan, Range
+from gdsdirect.shared_ring import ring_of
 from gdsdirect.supply import GRAIN, OneFile
 from gdsdirect.transfer import ReadResult, Require, Transfer, finish, finish_async, permitted
 
@@ -84,7 +84,6 @@ class File:
     @property
     def size(self) -> int:
         """Bytes: of a file, those that it has now."""
-        self.fileno()
         return self._origin.size
 
     def read_into(
@@ -138,7 +137,7 @@ class File:
         _no_stream(stream)
         with _memory(buffer) as memory:
             wanted = self._range(memory, offset, size, target_offset)
-            transfer = Transfer(self._origin, lane_of(memory, None), permitted(require))
+            transfer = Transfer(self._origin, ring_of(memory), permitted(require))
             return finish(transfer.read(wanted), timeout)
 
     async def read_into_async(
@@ -170,8 +169,8 @@ class File:
         _no_stream(stream)
         with _memory(buffer) as memory:
             wanted = self._range(memory, offset, size, target_offset)
-            lane = lane_of(memory, asyncio.get_running_loop())
-            return await finish_async(Transfer(self._origin, lane, permitted(require)).read(wanted))
+            transfer = Transfer(self._origin, ring_of(memory), permitted(require))
+            return await finish_async(transfer.read(wanted))
 
     def read_many_into(
         self,
@@ -192,7 +191,7 @@ class File:
         """
         with _memory(buffer) as memory:
             plan = _plan(memory, offsets, sizes, target_offsets)
-            transfer = Transfer(self._origin, lane_of(memory, None), permitted(require))
+            transfer = Transfer(self._origin, ring_of(memory), permitted(require))
             return finish(transfer.read_many(plan), timeout)
 
     async def read_many_into_async(
@@ -205,12 +204,9 @@ class File:
         require: Require = None,
     ) -> ReadResult:
         """`read_many_into` for asyncio: other tasks run meanwhile."""
-        import asyncio
-
         with _memory(buffer) as memory:
             plan = _plan(memory, offsets, sizes, target_offsets)
-            lane = lane_of(memory, asyncio.get_running_loop())
-            transfer = Transfer(self._origin, lane, permitted(require))
+            transfer = Transfer(self._origin, ring_of(memory), permitted(require))
             return await finish_async(transfer.read_many(plan))
 
     @overload
@@ -384,5 +380,5 @@ def _memory(buffer: Buffer) -> Iterator[GpuMappedBuffer]:
     try:
         yield memory
     finally:
-        with contextlib.suppress(BufferError):  # what was given up is in flight: see lane.py
+        with contextlib.suppress(BufferError):  # what was given up is in flight
             memory.close()

@@ -10,7 +10,6 @@ import stat
 from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
-from weakref import WeakKeyDictionary
 
 from gdsdirect.cuda import is_on_gpu
 from gdsdirect.errors import ring_type
@@ -58,12 +57,12 @@ class GpuMappedBuffer(Memory):
     (8192, 'HOST_VISIBLE', 0)
     """
 
-    __slots__ = ("__weakref__", "_device_address", "_kind", "_lanes", "_made_of")
+    __slots__ = ("__weakref__", "_device_address", "_kind", "_made_of", "_rings")
     _kind: MemoryKind
     _device_address: int | None
     _made_of: tuple[object, int, int]
-    # The rings of File, which is above this module: by the event loop that each belongs to.
-    _lanes: WeakKeyDictionary[Any, Any]
+    # The SharedRing, which is above this module, by the process that it belongs to.
+    _rings: dict[int, Any]
 
     @classmethod
     def _map(cls, kind: MemoryKind, mapped: Callable[[int], Buffer]) -> Self:
@@ -83,7 +82,7 @@ class GpuMappedBuffer(Memory):
         self._kind = kind
         self._device_address = None
         self._made_of = (owner, address, nbytes)
-        self._lanes = WeakKeyDictionary()
+        self._rings = {}
         return self
 
     def _twin(self) -> GpuMappedBuffer:
@@ -250,15 +249,19 @@ class GpuMappedBuffer(Memory):
         Raises BufferError while a stream or a view uses it, or a read into it is in flight. A
         second call does nothing.
         """
-        self._close_lanes()
+        if not self._in_use:
+            self._close_ring()
         super().close()
         self._made_of = (None, 0, 0)
 
-    def _close_lanes(self) -> None:
-        """Give back the rings that files were read by; BufferError while one of them reads."""
-        for lane in list(self._lanes.values()):
-            lane.close()
-        self._lanes.clear()
+    def _close_ring(self) -> None:
+        """Give back the ring that files are read by; BufferError while it reads."""
+        ring = self._rings.get(os.getpid())
+        if ring is not None and not ring._close_if_idle():
+            raise BufferError("reads into the buffer are in flight: wait for them")
+        if ring is not None:
+            ring.buffer.close()  # errors may hold the ring for long
+        self._rings.clear()
 
     @property
     def kind(self) -> MemoryKind:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from gdsdirect.errors import ring_module
 from gdsdirect.extents import Extents, RefusedError
 from gdsdirect.fiemap import WHOLE, flag_names, map_extents
-from gdsdirect.lane import Lane
 from gdsdirect.memory import MemoryKind
 from gdsdirect.namespace import Namespace
 from gdsdirect.plan import SLOT
+from gdsdirect.shared_ring import SharedRing
 from gdsdirect.stream import DataPath
 
 if TYPE_CHECKING:
@@ -44,14 +44,14 @@ class Origin:
     ) -> None:
         """`opened` is the file, where it isn't to be looked up by its path again."""
         self.path = path
-        self._name = path if opened is None else f"/proc/self/fd/{opened.fileno()}"
+        self._opened = opened
         self.source: Source
         self.namespace: Namespace | None = None
         self.undirected: str | None = None
         self.extents: Extents | None = None
         self.unmapped: str | None = None
         self._buffered: Source | None = None
-        mode = os.stat(self._name).st_mode
+        mode = (os.stat(path) if opened is None else opened.using(os.fstat)).st_mode
         if stat.S_ISCHR(mode):
             self.namespace = Namespace(path)
             self.source = self.namespace._source
@@ -82,20 +82,20 @@ class Origin:
     def _map(self) -> Extents:
         if self.undirected is not None:
             raise RefusedError(self.undirected)
-        if not stat.S_ISREG(os.fstat(self.source.fileno()).st_mode):
+        if not stat.S_ISREG(self.source.using(os.fstat).st_mode):
             raise RefusedError("a device has no extents")
         return Extents(self.source)
 
     def _open(self, direct: bool) -> Source:
         if not direct:
             self.undirected = "it was opened with direct=False"
-            return self._open_with(self._name, 0)
+            return self._open_with(self._opened, 0)
         try:
-            source = self._open_with(self._name, os.O_DIRECT)
+            source = self._open_with(self._opened, os.O_DIRECT)
         except OSError as error:
             self.undirected = f"its file system takes no O_DIRECT ({error.strerror})"
-            return self._open_with(self._name, 0)  # raises where more than that is in the way
-        told = ring_module().direct_alignment(source.fileno())
+            return self._open_with(self._opened, 0)  # raises where more than that is in the way
+        told = source.using(ring_module().direct_alignment)
         if told == (0, 0):
             self.undirected = "its file system reads this file without O_DIRECT only"
         elif not source.direct:
@@ -105,17 +105,27 @@ class Origin:
         elif told is not None:
             self.memory_alignment, self.alignment = told[0], max(told)
         else:
-            self.undirected = _copied_in_silence(source.fileno())
+            self.undirected = source.using(_copied_in_silence)
         if self.alignment > SLOT:
             self.undirected = f"direct reads of it are multiples of {self.alignment} bytes"
         if self.undirected is None:
             return source
         source.close()
-        return self._open_with(self._name, 0)
+        return self._open_with(self._opened, 0)
 
-    def _open_with(self, name: str, flag: int) -> Source:
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | flag)
-        source: Source = ring_module().Source(fd, self.path)
+    def _open_with(self, opened: Source | None, flag: int) -> Source:
+        """Open the path, or once more the file that is open."""
+        source: Source
+        if opened is None:
+            source = ring_module().open_source(self.path, os.O_RDONLY | flag, self.path)
+        else:
+            source = opened.using(self._open_again, flag)
+        return source
+
+    def _open_again(self, fd: int, flag: int) -> Source:
+        source: Source = ring_module().open_source(
+            f"/proc/self/fd/{fd}", os.O_RDONLY | flag, self.path
+        )
         return source
 
     @property
@@ -125,7 +135,7 @@ class Origin:
         if self.undirected is not None:
             return self.source
         if self._buffered is None:
-            self._buffered = self._open_with(f"/proc/self/fd/{self.source.fileno()}", 0)
+            self._buffered = self._open_with(self.source, 0)
         return self._buffered
 
     def close(self) -> None:
@@ -139,12 +149,12 @@ class Origin:
         """Bytes that there are now."""
         if self.namespace is not None:
             return self.namespace.capacity * self.namespace.lba_size
-        return os.lseek(self.source.fileno(), 0, os.SEEK_END)
+        return self.source.size()
 
     # ---- Ways
 
-    def obstacle(self, way: DataPath, lane: Lane) -> str | None:
-        """What stands in the way, into the memory of this lane; None: it is open."""
+    def obstacle(self, way: DataPath, ring: SharedRing) -> str | None:
+        """What stands in the way, into the memory of this ring; None: it is open."""
         if way is DataPath.CUFILE:
             return "cuFile reads into GPU memory, and this is memory of the host or of a BAR"
         if way is DataPath.NVME_PASSTHROUGH:
@@ -156,10 +166,10 @@ class Origin:
             return "a namespace's character device is read by passthrough only"
         if way in (DataPath.FILE_FIXED, DataPath.FILE_DIRECT) and self.undirected is not None:
             return self.undirected
-        if way is DataPath.FILE_FIXED and not lane.ring.registered:
-            if lane.kind is MemoryKind.BAR1_PEER:
+        if way is DataPath.FILE_FIXED and not ring.registered:
+            if ring.kind is MemoryKind.BAR1_PEER:
                 return "the kernel can't register peer memory"
-            return lane.why_unregistered
+            return ring.unregistered
         return None
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakSet
 
 from gdsdirect.errors import PROFILE, completion_error, limit_text, no_descriptor, ring_type
 from gdsdirect.memory import GpuMappedBuffer, MemoryKind
@@ -17,7 +17,7 @@ from gdsdirect.sysfs import Sysfs
 if TYPE_CHECKING:
     import asyncio
 
-    from gdsdirect._uring_cmd import Ring, Source
+    from gdsdirect._uring_cmd import Ring, Source, Watch
 else:
     Ring = ring_type("Ring")
 
@@ -164,14 +164,28 @@ class Completion:
 
 
 class _Watch:
-    """What one event loop waits with: two descriptors to read, and the futures of its tasks."""
+    """What one event loop waits with: two descriptors to read, and the futures of its tasks.
 
-    __slots__ = ("arrivals", "event", "futures")
+    The loop has it as long as it reads them; they are closed with its last reference.
+    """
 
-    def __init__(self, arrivals: int, event: int) -> None:
-        self.arrivals = arrivals
-        self.event = event
-        self.futures: set[asyncio.Future[None]] = set()
+    __slots__ = ("descriptors", "futures", "loop")
+
+    def __init__(self, descriptors: Watch, loop: asyncio.AbstractEventLoop) -> None:
+        self.descriptors = descriptors
+        self.loop = loop
+        # Of tasks that wait for any change; weakly, since a task can end anywhere.
+        self.futures: WeakSet[asyncio.Future[None]] = WeakSet()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no task waits with it."""
+        return not self.futures and not self.descriptors.requests
+
+    def end(self) -> None:
+        """Have the loop read it no more."""
+        self.loop.remove_reader(self.descriptors.arrivals)
+        self.loop.remove_reader(self.descriptors.event)
 
 
 class AsyncUringStream(Ring):
@@ -217,6 +231,7 @@ class AsyncUringStream(Ring):
         sqpoll: bool = False,
         iopoll: bool = False,
         register: bool | None = None,
+        _shared: bool = False,
     ) -> Self:
         if register is None and getattr(buffer, "kind", None) is MemoryKind.BAR1_PEER:
             register = False  # the kernel refuses long-term pins of P2PDMA pages
@@ -229,6 +244,7 @@ class AsyncUringStream(Ring):
                 sqpoll=sqpoll,
                 iopoll=iopoll,
                 register=register,
+                _shared=_shared,
             )
         except OSError as error:
             if error.strerror == "io_uring_setup":
@@ -289,41 +305,43 @@ class AsyncUringStream(Ring):
                 raise StopAsyncIteration
 
     async def _news(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Until there is more to look at: see ring_tell_watchers_locked in csrc/ring.h."""
-        watch = self._watches.get(loop)
-        if watch is None:
-            watch = self._watches[loop] = _Watch(*self._watch())
-            loop.add_reader(watch.arrivals, self._wake, watch)
-            loop.add_reader(watch.event, self._wake, watch)
-            # What came before the descriptors were there.
-            loop.call_soon(self._wake, watch)
+        """Until there is more to look at: see ring_tell_watches_locked in csrc/ring.h."""
+        watch = self._watch_of(loop)
         future = loop.create_future()
         watch.futures.add(future)
         try:
             await future
         finally:
             watch.futures.discard(future)
-            if not watch.futures:
-                self._end_watch(loop, watch)
+            self._end_if_idle(watch)
 
-    def _end_watch(self, loop: asyncio.AbstractEventLoop, watch: _Watch) -> None:
-        if self._watches.get(loop) is watch:
-            del self._watches[loop]
-            loop.remove_reader(watch.arrivals)
-            loop.remove_reader(watch.event)
-            os.close(watch.arrivals)
-            self._unwatch(watch.event)
+    def _watch_of(self, loop: asyncio.AbstractEventLoop) -> _Watch:
+        watch = self._watches.get(loop)
+        if watch is None:
+            watch = _Watch(self._watch(), loop)
+            loop.add_reader(watch.descriptors.arrivals, self._look_again, watch)
+            loop.add_reader(watch.descriptors.event, self._look_again, watch)
+            # What came before the descriptors were there.
+            loop.call_soon(self._look_again, watch)
+            self._watches[loop] = watch  # last: one that isn't read by the loop would wake nobody
+        return watch
 
-    @staticmethod
-    def _wake(watch: _Watch) -> None:
-        """All tasks of a loop look again."""
-        if not watch.futures:  # it has ended, and its descriptors are closed
+    def _end_if_idle(self, watch: _Watch) -> None:
+        if watch.idle and self._watches.get(watch.loop) is watch:
+            del self._watches[watch.loop]
+            watch.end()
+
+    def _look_again(self, watch: _Watch) -> None:
+        """All tasks of a loop look again, and those whose request has finished go on."""
+        if (
+            self._watches.get(watch.loop) is not watch
+        ):  # an exception came while it was made or ended
+            watch.end()
             return
-        with contextlib.suppress(BlockingIOError):
-            os.read(watch.event, 8)
-        for future in watch.futures:
+        for future in list(watch.futures):
             if not future.done():
                 future.set_result(None)
+        self._arrived(watch.descriptors)
 
     # ---- Facts
 

@@ -11,9 +11,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from gdsdirect.errors import ring_module
-from gdsdirect.lane import FileReads, FilesReads, Lane, Request, carried_out, lane_of
 from gdsdirect.origin import Origin
 from gdsdirect.plan import Range
+from gdsdirect.shared_ring import Requests, SharedRing
 from gdsdirect.stream import DataPath
 from gdsdirect.transfer import PIECE, Transfer, to_the_end
 
@@ -58,13 +58,13 @@ class Load(Protocol):
 
 
 class RingLoad:
-    """Read by a lane: on its way once it is made."""
+    """Read by a ring: on its way once it is made."""
 
     def __init__(
-        self, steps: Generator[Request, None, Loaded], slots: list[int], nbytes: int
+        self, steps: Generator[Requests, None, Loaded], slots: list[int], nbytes: int
     ) -> None:
         self._steps = steps
-        self._request: Request | None = None
+        self._requests: Requests | None = None
         self.slots = slots
         self.nbytes = nbytes
         self.landed: Loaded = []
@@ -72,26 +72,33 @@ class RingLoad:
         self._advance()
 
     def _advance(self) -> None:
-        """Take the next step; after the last one there is no request."""
-        self._request = None
+        """Take the next step; after the last one there are no requests."""
+        self._requests = None
         try:
-            self._request = next(self._steps)
+            requests = next(self._steps)
+            requests[0].ring._start(requests)
+            self._requests = requests
         except StopIteration as stop:
             self.landed = stop.value
         except Exception as error:
             self.error = error
 
     def finish(self) -> None:
-        while self._request is not None:
-            self._request.lane.wait(self._request, None)
+        while self._requests is not None:
+            self._requests[0].ring._carry_out(self._requests, None)
             self._advance()
 
     async def finish_async(self) -> None:
-        while self._request is not None:
-            await self._request.lane.wait_async(self._request)
+        while self._requests is not None:
+            await self._requests[0].ring.carry_out(self._requests)
             self._advance()
 
     def close(self) -> None:
+        requests, self._requests = self._requests, None
+        if requests is not None:
+            for request in requests:
+                request.give_up()
+            requests[0].ring._carry_out(requests, None)
         self._steps.close()
 
 
@@ -146,7 +153,7 @@ class Supply(Protocol):
     def open(self) -> None:
         """Make ready what the next loads are of. This may block."""
 
-    def load(self, lane: Lane, free: deque[int]) -> Load | None:
+    def load(self, ring: SharedRing, free: deque[int]) -> Load | None:
         """The next load, into slots that it takes from `free`; None: nothing, for now."""
 
 
@@ -177,20 +184,20 @@ class OneFile:
 
     def open(self) -> None: ...
 
-    def load(self, lane: Lane, free: deque[int]) -> Load | None:
+    def load(self, ring: SharedRing, free: deque[int]) -> Load | None:
         if self.exhausted:
             return None
-        count = min(len(free), BATCH) if self._is_plain(lane) else 1
+        count = min(len(free), BATCH) if self._is_plain(ring) else 1
         parts: list[Range] = []
         while len(parts) < count and not self.exhausted:
             size = min(self._chunk_size, self._end - self._offset)
             parts.append(Range(self._offset, size, free.pop()))
             self._offset += size
             self._once = False
-        steps = self._read_all(lane, parts) if count > 1 else self._read(lane, *parts[0])
+        steps = self._read_all(ring, parts) if count > 1 else self._read(ring, *parts[0])
         return RingLoad(steps, [part.target for part in parts], sum(part.size for part in parts))
 
-    def _is_plain(self, lane: Lane) -> bool:
+    def _is_plain(self, ring: SharedRing) -> bool:
         """Whether each chunk is one read of whole blocks, by a way that needs no choice."""
         origin = self._origin
         if origin.namespace is not None or origin.extents is not None or self._once:
@@ -200,41 +207,42 @@ class OneFile:
             and self._chunk_size <= PIECE
             and origin.alignment <= GRAIN
             and origin.unmapped is None
-            and (self._require is None or self._way(lane) in self._require)
+            and (self._require is None or self._way(ring) in self._require)
         )
 
-    def _way(self, lane: Lane) -> DataPath:
-        return _way(lane, self._origin.undirected is None)
+    def _way(self, ring: SharedRing) -> DataPath:
+        return _way(ring, self._origin.undirected is None)
 
-    def _read_all(self, lane: Lane, parts: list[Range]) -> Generator[Request, None, Loaded]:
-        origin, way = self._origin, self._way(lane)
+    def _read_all(self, ring: SharedRing, parts: list[Range]) -> Generator[Requests, None, Loaded]:
+        origin, way = self._origin, self._way(ring)
         grain = 1 if way is DataPath.BUFFERED else GRAIN
         arrays = (
             array("Q", [part.offset for part in parts]),
             array("I", [part.size + -part.size % grain for part in parts]),
             array("Q", [part.target for part in parts]),
         )
-        request = FileReads(lane, origin.source, arrays, fixed=lane.ring.registered)
-        yield from _started(request)
-        why = origin.undirected or lane.why_unregistered
+        request = ring.reads(origin.source, arrays, fixed=ring.registered)
+        yield (request,)
+        why = origin.undirected or ring.unregistered
         landed: Loaded = []
+        short = {index: nbytes for index, _, nbytes in request.take()}
         for index, part in enumerate(parts):
             offset, size, slot = part
-            if request.short.get(index, (0, size))[1] >= size:
+            if short.get(index, size) >= size:
                 landed.append((slot, 0, size, origin.path, offset, way, why))
                 continue
             try:
-                landed += yield from self._read(lane, *part)
+                landed += yield from self._read(ring, *part)
             except (OSError, ValueError) as error:
                 landed.append((slot, error))
         return landed
 
     def _read(
-        self, lane: Lane, offset: int, size: int, slot: int
-    ) -> Generator[Request, None, Loaded]:
+        self, ring: SharedRing, offset: int, size: int, slot: int
+    ) -> Generator[Requests, None, Loaded]:
         whole_blocks = self._origin.alignment <= GRAIN
         begin = offset % self._origin.alignment if whole_blocks else 0
-        transfer = Transfer(self._origin, lane, self._require)
+        transfer = Transfer(self._origin, ring, self._require)
         wanted = Range(offset - begin, size + begin, slot)
         result = yield from transfer.read(wanted, overrun=whole_blocks)
         there = max(0, result.nbytes - begin)
@@ -294,29 +302,29 @@ class ManyFiles:
         flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if self._direct else 0)
         return self._workers.submit(ring_module().open_sources, paths, flags)
 
-    def load(self, lane: Lane, free: deque[int]) -> Load | None:
+    def load(self, ring: SharedRing, free: deque[int]) -> Load | None:
         if self._large is not None:
-            load = self._large.load(lane, free)
+            load = self._large.load(ring, free)
             if self._large.exhausted:
                 self._large = None
             return load
         if not self._opened:
             return None
-        way = _way(lane, self._direct)
+        way = _way(ring, self._direct)
         if self._require is None or way in self._require:
             some = self._batch(min(BATCH, len(free)))
             if some:
                 slots = [free.pop() for _ in some]
                 nbytes = sum(size for _, _, size in some)
                 if not self._direct:
-                    copy = partial(self._copy, lane, some, slots)
+                    copy = partial(self._copy, ring, some, slots)
                     return CopyLoad(self._workers, copy, slots, nbytes)
-                return RingLoad(self._read(lane, way, some, slots), slots, nbytes)
+                return RingLoad(self._read(ring, way, some, slots), slots, nbytes)
         try:
             self._large = self._alone(self._opened.popleft()[0])
         except (OSError, ValueError) as error:
             return RingLoad(_raise(error), [], 0)
-        return self.load(lane, free)
+        return self.load(ring, free)
 
     def _batch(self, most: int) -> list[_Opened]:
         """The next files, as far as there is nothing special about them."""
@@ -334,42 +342,41 @@ class ManyFiles:
         return OneFile(origin, whole, self._chunk_size, self._require, even_if_empty=True)
 
     def _read(
-        self, lane: Lane, way: DataPath, some: list[_Opened], slots: list[int]
-    ) -> Generator[Request, None, Loaded]:
+        self, ring: SharedRing, way: DataPath, some: list[_Opened], slots: list[int]
+    ) -> Generator[Requests, None, Loaded]:
         sizes = [size for _, _, size in some]
         arrays = (
             array("Q", bytes(8 * len(some))),
             array("I", [size + -size % GRAIN for size in sizes]),
             array("Q", slots),
         )
-        request = FilesReads(lane, _sources(some), arrays, fixed=lane.ring.registered)
-        yield from _started(request)
-        landed = _landed(some, slots, way, lane.why_unregistered)
-        for index, (_, nbytes) in request.short.items():
+        request = ring.files(_sources(some), arrays, fixed=ring.registered)
+        yield (request,)
+        landed = _landed(some, slots, way, ring.unregistered)
+        for index, _, nbytes in request.take():
             if nbytes < sizes[index]:
-                landed[index] = yield from self._again(lane, some[index], slots[index])
+                landed[index] = yield from self._again(ring, some[index], slots[index])
         return landed
 
-    def _copy(self, lane: Lane, some: list[_Opened], slots: list[int]) -> Loaded:
-        memory = lane.ring.buffer
+    def _copy(self, ring: SharedRing, some: list[_Opened], slots: list[int]) -> Loaded:
+        memory = ring.buffer
+        ring._wait_until_free(memory.address, memory.nbytes)
         sizes = tuple(size for _, _, size in some)
         came = ring_module().read_sources(memory, _sources(some), sizes, tuple(slots))
         landed = _landed(some, slots, DataPath.BUFFERED, "it was opened with direct=False")
         for index, (nbytes, size) in enumerate(zip(came, sizes, strict=True)):
             if nbytes < size:
-                # The lane may be an event loop's, and this is another thread.
-                again = self._again(lane_of(memory, None), some[index], slots[index])
-                landed[index] = to_the_end(again)
+                landed[index] = to_the_end(self._again(ring, some[index], slots[index]))
         return landed
 
     def _again(
-        self, lane: Lane, opened: _Opened, slot: int
-    ) -> Generator[Request, None, Landed | Failed]:
+        self, ring: SharedRing, opened: _Opened, slot: int
+    ) -> Generator[Requests, None, Landed | Failed]:
         """A file that was cut off meanwhile, or refused."""
         path, source, size = opened
         try:
             origin = Origin(path, direct=self._direct, opened=source)
-            transfer = Transfer(origin, lane, self._require)
+            transfer = Transfer(origin, ring, self._require)
             result = yield from transfer.read(Range(0, size, slot))
         except (OSError, ValueError) as error:
             return slot, error
@@ -388,17 +395,11 @@ def _landed(some: list[_Opened], slots: list[int], way: DataPath, why: str | Non
     ]
 
 
-def _started(request: Request) -> Generator[Request, None, None]:
-    """A request carried out, when nothing that was given up is in its way."""
-    yield from request.lane.abandoned
-    yield from carried_out(request)
-
-
-def _way(lane: Lane, direct: bool) -> DataPath:
+def _way(ring: SharedRing, direct: bool) -> DataPath:
     """The way of a batch."""
     if not direct:
         return DataPath.BUFFERED
-    return DataPath.FILE_FIXED if lane.ring.registered else DataPath.FILE_DIRECT
+    return DataPath.FILE_FIXED if ring.registered else DataPath.FILE_DIRECT
 
 
 def _processors() -> int:
@@ -406,6 +407,6 @@ def _processors() -> int:
     return min(4, len(os.sched_getaffinity(0)))
 
 
-def _raise(error: Exception) -> Generator[Request, None, Loaded]:
+def _raise(error: Exception) -> Generator[Requests, None, Loaded]:
     raise error
     yield

@@ -1,7 +1,7 @@
-"""A transfer: some ranges of an origin into a lane's buffer, by the best way there is, to the end.
+"""A transfer: some ranges of an origin into a buffer, by the best way there is, to the end.
 
-Each is a generator of the requests to wait for, so that threads and event loops drive the same one:
-`finish` and `finish_async`.
+Each is a generator of the requests to carry out, so that threads and event loops drive the same
+one: `finish` and `finish_async`.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from gdsdirect._nvme_sqe import _encode_byte_reads
 from gdsdirect.errors import WayClosedError, completion_error
 from gdsdirect.extents import Extents, RefusedError
-from gdsdirect.lane import Bounce, CommandReads, FileReads, Lane, Request, carried_out, copied_bytes
 from gdsdirect.memory import MemoryKind
 from gdsdirect.namespace import Namespace
 from gdsdirect.origin import BEST_FIRST, DWORD, Origin
 from gdsdirect.plan import Bounced, Plan, Range, Rules, plan_reads, span_of
+from gdsdirect.shared_ring import Requests, SharedRing
 from gdsdirect.stream import DataPath
 
 if TYPE_CHECKING:
+    from gdsdirect._uring_cmd import Request
     from gdsdirect.cuda import Event
 
 PIECE = 1 << 20  # bytes of one read of a file: large enough that its overhead doesn't show
+_LONGEST = 1e9  # seconds
 _TRIES = 3  # times that a read may bring nothing although there is more
 
 # Registered memory is a run of pages to the kernel, and Linux 6.1 wants whole blocks of each
@@ -40,7 +41,7 @@ Require = DataPath | Collection[DataPath] | None
 """The ways that a read may take; None leaves it to gdsdirect."""
 
 T = TypeVar("T")
-Steps = Generator[Request, None, "ReadResult"]
+Steps = Generator[Requests, None, "ReadResult"]
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,13 @@ class _Gap(NamedTuple):
 
 
 class Transfer:
-    """Reads of one origin into one lane's buffer, by ways of `require` alone if that is given."""
+    """Reads of one origin into a ring's memory, by ways of `require` alone if that is given."""
 
     def __init__(
-        self, origin: Origin, lane: Lane, require: Collection[DataPath] | None = None
+        self, origin: Origin, ring: SharedRing, require: Collection[DataPath] | None = None
     ) -> None:
         self._origin = origin
-        self._lane = lane
+        self._ring = ring
         self._require = require
         self._reasons = [f"NVME_PASSTHROUGH is closed: {origin.unmapped}"] * bool(origin.unmapped)
         self._bounced = 0
@@ -111,7 +112,7 @@ class Transfer:
     def _choose(self, obstacles: dict[DataPath, str]) -> DataPath:
         """The best way that is open and not among `obstacles`; notes why it is no better one."""
         for way in BEST_FIRST:
-            obstacle = obstacles.get(way) or self._origin.obstacle(way, self._lane)
+            obstacle = obstacles.get(way) or self._origin.obstacle(way, self._ring)
             if obstacle is None and (self._require is None or way in self._require):
                 self._reasons += self._excuses(way)
                 return way
@@ -123,8 +124,8 @@ class Transfer:
     def _excuses(self, way: DataPath) -> Iterator[str]:
         if way is DataPath.BUFFERED:
             yield self._origin.undirected or "require= asks for it"
-        if way is DataPath.FILE_DIRECT and self._lane.why_unregistered is not None:
-            yield self._lane.why_unregistered
+        if way is DataPath.FILE_DIRECT and self._ring.unregistered is not None:
+            yield self._ring.unregistered
 
     @property
     def _namespace(self) -> Namespace | None:
@@ -138,7 +139,6 @@ class Transfer:
 
     def read(self, wanted: Range, *, overrun: bool = False) -> Steps:
         """Bring `wanted`, or what the file has of it. `overrun` is that of `plan_reads`."""
-        yield from self._lane.abandoned  # it may write into the buffer still
         end = min(wanted.offset + wanted.size, self._origin.size)
         whole = wanted._replace(size=max(0, end - wanted.offset))
         cut = yield from self._bring([whole] if whole.size else [], overrun=overrun)
@@ -146,7 +146,6 @@ class Transfer:
 
     def read_many(self, plan: Plan) -> Steps:
         """Bring all reads of a plan that the caller made; ShortReadError for one beyond the end."""
-        yield from self._lane.abandoned
         whole = plan.common.are_whole(self._rules())
         ranges = [] if whole else [each for each in plan.ranges() if each.size]
         cut = yield from self._bring(ranges, plan=plan if whole else None)
@@ -156,7 +155,7 @@ class Transfer:
 
     def _bring(
         self, left: list[Range], *, overrun: bool = False, plan: Plan | None = None
-    ) -> Generator[Request, None, _Gap | None]:
+    ) -> Generator[Requests, None, _Gap | None]:
         """Read until nothing is left but what lies beyond the file's end, and return the first of
         that. A `plan` is for the first attempt, in place of ranges."""
         cut: _Gap | None = None
@@ -180,7 +179,7 @@ class Transfer:
 
     def _settle(self, wanted: Range) -> None:
         """What address and offset have to do with each other, which the way depends on too."""
-        apart = self._lane.address + wanted.target - wanted.offset
+        apart = self._ring.buffer.address + wanted.target - wanted.offset
         direct = self._require is None or DataPath.FILE_DIRECT in self._require
         rules = self._rules()
         if apart % rules.memory_alignment == 0:
@@ -201,7 +200,7 @@ class Transfer:
 
     def _attempt(
         self, ranges: list[Range], plan: Plan | None, *, overrun: bool
-    ) -> Generator[Request, None, list[_Gap]]:
+    ) -> Generator[Requests, None, list[_Gap]]:
         """Read the ranges, or the plan, once; returns what that did not bring."""
         if self._origin.extents is not None and self._namespace is not None:
             return (yield from self._attempt_by_extents(self._origin.extents, ranges, plan))
@@ -212,7 +211,7 @@ class Transfer:
 
     def _attempt_by_extents(
         self, extents: Extents, ranges: list[Range], plan: Plan | None
-    ) -> Generator[Request, None, list[_Gap]]:
+    ) -> Generator[Requests, None, list[_Gap]]:
         """The same past the file system: all of it, or none, with a reason to do it as a file."""
         first, end = span_of(ranges) if plan is None else (plan.common.first, plan.common.end)
         try:
@@ -239,11 +238,11 @@ class Transfer:
         self._count(came)
         return []
 
-    def _run(self, plan: Plan) -> Generator[Request, None, tuple[list[_Gap], _Came]]:
+    def _run(self, plan: Plan) -> Generator[Requests, None, tuple[list[_Gap], _Came]]:
         """The plan's reads: what is missing of them, and what came."""
         direct = self._direct(plan) if plan.offsets else None
         bounce = self._by_slots(plan.bounced) if plan.bounced else None
-        yield from carried_out(*(each for each in (direct, bounce) if each is not None))
+        yield tuple(each for each in (direct, bounce) if each is not None)
         gaps = _gaps(direct, lambda index: (plan.range(index), 0))
         missed = _gaps(bounce, lambda index: (plan.bounced[index].wanted, plan.bounced[index].skip))
         copied = sum(each.wanted.size for each in plan.bounced) - _total(missed)
@@ -254,7 +253,7 @@ class Transfer:
         self._ways[self._way] = self._ways.get(self._way, 0) + came.nbytes
 
     def _rules(self) -> Rules:
-        origin, address, namespace = self._origin, self._lane.address, self._namespace
+        origin, address, namespace = self._origin, self._ring.buffer.address, self._namespace
         if namespace is not None:
             return Rules(namespace.lba_size, DWORD, namespace.safe_transfer, address)
         if self._way is DataPath.BUFFERED:
@@ -264,35 +263,29 @@ class Transfer:
         return Rules(origin.alignment, memory_alignment, PIECE, address)
 
     def _direct(self, plan: Plan) -> Request:
-        origin, namespace = self._origin, self._namespace
-        if namespace is not None:
-            commands = _commands(namespace, plan, self._lane.address)
-            return CommandReads(self._lane, namespace, commands, plan.sizes)
-        return FileReads(
-            self._lane,
-            origin.buffered if self._way is DataPath.BUFFERED else origin.source,
-            (plan.offsets, plan.sizes, plan.targets),
-            fixed=self._lane.ring.registered and self._way is not DataPath.FILE_DIRECT,
+        arrays = plan.offsets, plan.sizes, plan.targets
+        if self._namespace is not None:
+            return self._ring.reads(self._namespace._source, arrays)
+        buffered = self._way is DataPath.BUFFERED
+        return self._ring.reads(
+            self._origin.buffered if buffered else self._origin.source,
+            arrays,
+            fixed=self._ring.registered and self._way is not DataPath.FILE_DIRECT,
         )
 
     def _by_slots(self, bounced: list[Bounced]) -> Request:
-        namespace, source, lane = self._namespace, self._origin.source, self._lane.bounce
-        fixed = self._way is DataPath.FILE_FIXED and lane.ring.registered
-
-        def submit(start: int, slots: array[int], user_data: int) -> object:
-            some = bounced[start : start + len(slots)]
-            offsets = array("Q", [each.offset for each in some])
-            sizes = array("I", [each.size for each in some])
-            if namespace is not None:
-                commands = _commands(namespace, Plan(offsets, sizes, slots), lane.address)
-                send = lane.ring.submit_nvme_passthrough
-                return send(namespace, commands, user_data=user_data)
-            reads = lane.ring.submit_reads_fixed if fixed else lane.ring.submit_reads
-            return reads(source, offsets, sizes, slots, user_data=user_data)
-
-        sizes = array("I", [each.size for each in bounced])
-        wanted = [(each.skip, each.wanted.size, each.wanted.target) for each in bounced]
-        return Bounce(lane, sizes, wanted, submit)
+        namespace = self._namespace
+        arrays = (
+            array("Q", [each.offset for each in bounced]),
+            array("I", [each.size for each in bounced]),
+            array("Q", [each.wanted.target for each in bounced]),
+        )
+        return self._ring.bounced(
+            self._origin.source if namespace is None else namespace._source,
+            arrays,
+            [(each.skip, each.wanted.size) for each in bounced],
+            fixed=self._way is DataPath.FILE_FIXED,
+        )
 
     # ---- What came of it
 
@@ -314,7 +307,7 @@ class Transfer:
 
     def _error(self, gap: _Gap) -> OSError:
         namespace, (offset, size, _) = self._namespace, gap.range
-        peer = self._lane.kind is MemoryKind.BAR1_PEER
+        peer = self._ring.kind is MemoryKind.BAR1_PEER
         if namespace is None:
             path = self._origin.path
             return completion_error(gap.result, 0, size, path=path, offset=offset, peer=peer)
@@ -334,18 +327,12 @@ class Transfer:
         return result_of(nbytes, self._ways, self._way, self._reasons, self._bounced)
 
 
-def _commands(namespace: Namespace, plan: Plan, address: int) -> bytes:
-    """The plan's reads, packed; `address` is that of the memory they go into."""
-    reads = plan.offsets, plan.sizes, plan.targets
-    return _encode_byte_reads(namespace.nsid, namespace.lba_size, *reads, address)
-
-
 def _gaps(request: Request | None, wanted: Callable[[int], tuple[Range, int]]) -> list[_Gap]:
     """What is missing of the request's reads; `wanted` tells a read's range and bytes to skip."""
     gaps = []
-    for index, (result, nbytes) in (request.short if request is not None else {}).items():
+    for index, result, nbytes in request.take() if request is not None else ():
         (offset, size, target), skip = wanted(index)
-        there = copied_bytes(nbytes, skip, size)
+        there = max(0, min(size, nbytes - skip))
         if there < size:
             gaps.append(_Gap(Range(offset + there, size - there, target + there), result))
     return gaps
@@ -369,12 +356,12 @@ def permitted(require: Require) -> Collection[DataPath] | None:
 # ---- To the end
 
 
-def to_the_end(steps: Generator[Request, None, T], deadline: float | None = None) -> T:
-    """Take all steps, waiting in this thread; TimeoutError at the `deadline` (time.monotonic)."""
+def to_the_end(steps: Generator[Requests, None, T], deadline: int | None = None) -> T:
+    """Take all steps, waiting in this thread; TimeoutError at the `deadline` (monotonic_ns)."""
     try:
         while True:
-            request = next(steps)
-            request.lane.wait(request, deadline)
+            requests = next(steps)
+            requests[0].ring._carry_out(requests, deadline)
     except StopIteration as stop:
         result: T = stop.value
         return result
@@ -385,19 +372,25 @@ def to_the_end(steps: Generator[Request, None, T], deadline: float | None = None
 def finish(steps: Steps, timeout: float | None) -> ReadResult:
     """The same, with a TimeoutError after `timeout` seconds that says so."""
     try:
-        return to_the_end(steps, None if timeout is None else time.monotonic() + timeout)
+        return to_the_end(steps, _deadline(timeout))
     except TimeoutError as error:
         if error.errno is not None:  # the drive's or the kernel's own
             raise
         raise TimeoutError(f"the read did not come back in {timeout} s") from None
 
 
+def _deadline(timeout: float | None) -> int | None:
+    if timeout is None:
+        return None
+    return time.monotonic_ns() + int(min(max(timeout, 0), _LONGEST) * 1e9)
+
+
 async def finish_async(steps: Steps) -> ReadResult:
     """Take all steps, while other tasks run."""
     try:
         while True:
-            request = next(steps)
-            await request.lane.wait_async(request)
+            requests = next(steps)
+            await requests[0].ring.carry_out(requests)
     except StopIteration as stop:
         result: ReadResult = stop.value
         return result

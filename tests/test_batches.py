@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gdsdirect import AsyncUringStream, GpuMappedBuffer, encode_nvme_read_sqe
-from gdsdirect._nvme_sqe import _encode_byte_reads, _locate, _survey
+from gdsdirect import GpuMappedBuffer
+from gdsdirect._nvme_sqe import _locate, _survey
 from gdsdirect._uring_cmd import Source, open_sources, read_sources
+from gdsdirect.shared_ring import ring_of
 
 READS = st.lists(
     st.tuples(
@@ -41,26 +42,6 @@ def test_survey(reads: list[tuple[int, int, int]]) -> None:
     assert first == min((offset for offset, _, _ in reads), default=top)
     assert end == max([0, *(min(top, offset + size) for offset, size, _ in reads)])
     assert target_end == max([0, *(min(top, target + size) for _, size, target in reads)])
-
-
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 1 << 50), st.integers(1, 100), st.integers(0, 1 << 40)), max_size=9
-    ),
-    st.sampled_from([512, 4096]),
-)
-def test_commands_of_bytes(reads: list[tuple[int, int, int]], lba_size: int) -> None:
-    whole = [(lba * lba_size, blocks * lba_size, target) for lba, blocks, target in reads]
-    expected = b"".join(
-        encode_nvme_read_sqe(7, lba, blocks, 4096 + target) for lba, blocks, target in reads
-    )
-    assert _encode_byte_reads(7, lba_size, *arrays(whole), 4096) == expected
-
-
-@pytest.mark.parametrize("read", [(1, 512, 0), (0, 513, 0), (0, 0, 0), (0, 65537 * 512, 0)])
-def test_bytes_that_are_no_blocks(read: tuple[int, int, int]) -> None:
-    with pytest.raises(ValueError, match=r"read 1 isn't of 1\.\.65536 whole blocks"):
-        _encode_byte_reads(1, 512, *arrays([(0, 512, 0), read]), 0)
 
 
 @given(
@@ -98,10 +79,8 @@ def test_arrays_that_are_wrong() -> None:
         lambda: _survey(two, sizes, two),
         lambda: _survey(one, sizes, two),
         lambda: _locate(one, two, sizes),
-        lambda: _encode_byte_reads(1, 512, one, sizes, two, 0),
-        lambda: _encode_byte_reads(1, 0, one, sizes, one, 0),
     ):
-        with pytest.raises(ValueError, match=r"different lengths|lba_size is 0"):
+        with pytest.raises(ValueError, match="different lengths"):
             call()
     with pytest.raises(TypeError):
         _survey(one, one, one)
@@ -176,25 +155,21 @@ def test_one_read_of_each_file_in_one_call(tmp_path: Path) -> None:
     )
     offsets, sizes = array("Q", [0] * 300), array("I", [16] * 300)
     targets = array("Q", range(0, 4800, 16))
-    with (
-        GpuMappedBuffer.from_host_visible(8192) as buffer,
-        AsyncUringStream(buffer, depth=16) as stream,
-        buffer.view() as view,
-    ):
-        submit = stream._submit_files
+    with GpuMappedBuffer.from_host_visible(8192) as buffer, buffer.view() as view:
+        ring = ring_of(buffer)
         for fixed in (True, False):
             view[:] = bytes(8192)
-            submit(sources, offsets, sizes, targets, fixed, 5)
-            done = stream.wait(300)
-            assert sorted(each.user_data for each in done) == list(range(5, 305))
+            request = ring.files(sources, (offsets, sizes, targets), fixed=fixed)
+            ring._carry_out((request,), None)
+            assert request.take() == []
             assert view[:4800] == data[:16] * 300
         for wrong in (sources[:5], (3,) * 300):
             with pytest.raises((ValueError, TypeError)):
-                submit(wrong, offsets, sizes, targets, True, 5)  # type: ignore[arg-type]
+                ring.files(wrong, (offsets, sizes, targets), fixed=True)  # type: ignore[arg-type]
         sources[299].close()
         with pytest.raises(ValueError, match="299 is closed"):
-            submit(sources, offsets, sizes, targets, True, 5)
-        assert stream.stats.submitted == 600
+            ring._carry_out((ring.files(sources, (offsets, sizes, targets), fixed=True),), None)
+        assert ring.stats.submitted == 600
 
 
 def test_part_of_a_buffer() -> None:

@@ -80,8 +80,8 @@ def test_host_memory_that_a_gpu_sees(nbytes: int, file: File, driver: FakeDriver
         file.read_into(buffer, size=nbytes)
         assert bytes(buffer.view()) == DATA[:nbytes]
         gc.collect()
-        lane = next(iter(buffer._lanes.values()))
-        assert lane.ring.registered or lane.why_unregistered
+        ring = next(iter(buffer._rings.values()))
+        assert ring.registered or ring.unregistered
     assert driver.registered == {}
     with pytest.raises(ValueError, match="closed"):
         _ = buffer.device_address

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gdsdirect.file import File
-from gdsdirect.lane import read_once
 from gdsdirect.memory import GpuMappedBuffer
 from gdsdirect.safetensors.frameworks import Framework
 from gdsdirect.safetensors.header import SafetensorsError, read_header, stamp_of
+from gdsdirect.shared_ring import read_once
 from gdsdirect.stream import DataPath
 from gdsdirect.transfer import ReadResult, result_of
 
@@ -90,7 +90,7 @@ class Shard:
             sizes = array("I", [nbytes]) * len(starts)
             result = self._opened().read_many_into(memory, array("Q", starts), sizes, targets)
         if isinstance(memory, GpuMappedBuffer):
-            memory._close_lanes()
+            memory._close_ring()
         return Piece(memory, place, result)
 
     def _read_one(

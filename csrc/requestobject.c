@@ -1,0 +1,705 @@
+/*
+ * The type Request: made, carried out, awaited, given up. request.h has what it goes through.
+ *
+ * Whoever lets go of a Request whose reads are in flight gives them up: so an exception can come
+ * anywhere in the Python code that has it, and nothing is lost or forgotten.
+ */
+#include "requestobject.h"
+
+#include <errno.h>
+#include <unistd.h>
+
+#include "arrays.h"
+#include "carry.h"
+#include "check.h"
+#include "reap.h"
+
+typedef struct {
+    PyObject_HEAD
+    Ring *ring;
+    struct request *request;
+} Request;
+
+/* ---- Making ------------------------------------------------------------------------------ */
+
+/* References to what the reads are of: one Source, or a tuple of one for each. -1 with TypeError. */
+static int
+take_sources(Ring *self, struct request *request, PyObject *given)
+{
+    for (size_t i = 0; i < request->source_count; i++) {
+        PyObject *source = PyTuple_Check(given) ? PyTuple_GET_ITEM(given, (Py_ssize_t)i) : given;
+        if (!Py_IS_TYPE(source, self->module->source_type)) {
+            PyErr_Format(PyExc_TypeError, "source %zu must be a Source, not '%.100s'", i,
+                         Py_TYPE(source)->tp_name);
+            return -1;
+        }
+        request->sources[i] = (Source *)Py_NewRef(source);
+        if (request->source_count > 1 && request->sources[i]->is_nvme) {
+            PyErr_Format(PyExc_TypeError, "source %zu of several is a namespace", i);
+            return -1;
+        }
+    }
+    return 0;
+}
+
+/* The way of a request's commands. */
+static enum way
+way_of_request(const struct request *request, bool fixed)
+{
+    const Source *source = request->sources[0];
+    if (source->is_nvme) {
+        return WAY_PASSTHROUGH;
+    }
+    return !source->is_direct ? WAY_BUFFERED : fixed ? WAY_FILE_FIXED : WAY_FILE_DIRECT;
+}
+
+static PyObject *
+request_object(Ring *self, struct request *request)
+{
+    PyTypeObject *type = self->module->request_type;
+    Request *made = (Request *)type->tp_alloc(type, 0);
+    if (made == NULL) {
+        request_free(request);
+        return NULL;
+    }
+    made->ring = (Ring *)Py_NewRef((PyObject *)self);
+    made->request = request;
+    request->owned = true;
+    return (PyObject *)made;
+}
+
+static struct request *
+make_request(Ring *self, PyObject *sources, const struct read_arrays *arrays,
+             const struct wanted_arrays *wanted, bool fixed)
+{
+    const size_t count = (size_t)arrays->offsets.len / 8;
+    const bool several = PyTuple_Check(sources);
+    if (several && (size_t)PyTuple_GET_SIZE(sources) != count) {
+        PyErr_Format(PyExc_ValueError, "%zd sources and %zu reads: give one of each",
+                     PyTuple_GET_SIZE(sources), count);
+        return NULL;
+    }
+    if (wanted != NULL && (self->bounce.memory == NULL || (size_t)wanted->skips.len / 4 != count ||
+                           (size_t)wanted->sizes.len / 4 != count)) {
+        PyErr_SetString(PyExc_ValueError,
+                        "give memory for bounce slots, and as many of all arrays");
+        return NULL;
+    }
+    struct request *request = request_new(count, several ? count : 1, wanted != NULL);
+    if (request == NULL) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    if (take_sources(self, request, sources) < 0 ||
+        check_request(self, request, arrays, wanted, fixed) < 0) {
+        request_free(request);
+        return NULL;
+    }
+    if (count > 0) {
+        request->way = way_of_request(request, fixed);
+    }
+    return request;
+}
+
+/* _request(sources, offsets, sizes, targets, fixed, skips=None, wanted=None) -> Request, checked. With the
+ * last two, reads into bounce slots: of each so many bytes from its byte `skip` on go to `target`. */
+PyObject *
+ring_request(Ring *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    struct read_arrays arrays = {0};
+    struct wanted_arrays wanted = {0};
+    struct request *request = NULL;
+    if (nargs != 5 && nargs != 7) {
+        PyErr_SetString(PyExc_TypeError, "_request takes 5 or 7 arguments");
+        return NULL;
+    }
+    const int fixed = PyObject_IsTrue(args[4]);
+    if (fixed < 0 || ring_check_caller(self) < 0) {
+        return NULL;
+    }
+    if (read_arrays_get(self, &arrays, args[1], args[2], args[3]) == 0 &&
+        (nargs == 5 || (get_integers(args[5], "skips", 4, &wanted.skips) == 0 &&
+                        get_integers(args[6], "wanted", 4, &wanted.sizes) == 0))) {
+        request = make_request(self, args[0], &arrays, nargs == 7 ? &wanted : NULL, fixed);
+    }
+    PyBuffer_Release(&wanted.skips);
+    PyBuffer_Release(&wanted.sizes);
+    read_arrays_release(&arrays);
+    return request != NULL ? request_object(self, request) : NULL;
+}
+
+/* _lend_bounce(memory): for reads into bounce slots; nothing if there is some already. */
+PyObject *
+ring_lend_bounce(Ring *self, PyObject *object)
+{
+    Py_buffer export;
+    if (!PyObject_TypeCheck(object, self->module->memory_type)) {
+        PyErr_SetString(PyExc_TypeError, "memory must be a Memory");
+        return NULL;
+    }
+    if (ring_check_caller(self) < 0 || PyObject_GetBuffer(object, &export, PyBUF_WRITABLE) < 0) {
+        return NULL;
+    }
+    Memory *memory = (Memory *)Py_NewRef(object);
+    int result = DONE;
+    if (export.len < (Py_ssize_t)(BOUNCE_SLOTS * BOUNCE_SLOT_BYTES)) {
+        PyErr_Format(PyExc_ValueError, "%zd bytes are less than %u slots of %u", export.len,
+                     BOUNCE_SLOTS, BOUNCE_SLOT_BYTES);
+        result = RAISED;
+    }
+    else {
+        ring_lock(self);
+        result = self->state == RING_OPEN ? DONE : STREAM_CLOSED;
+        if (result == DONE) {
+            request_lend_bounce_locked(self, &memory, &export);
+        }
+        ring_unlock(self);
+    }
+    Py_XDECREF(memory);
+    PyBuffer_Release(&export);
+    if (result != DONE) {
+        return ring_raise(self, result, NULL);
+    }
+    Py_RETURN_NONE;
+}
+
+/* ---- In the way -------------------------------------------------------------------------- */
+
+/* _wait_until_free(address, nbytes): nothing that was given up writes there any more. */
+PyObject *
+ring_wait_until_free(Ring *self, PyObject *args)
+{
+    unsigned long long address, nbytes;
+    if (!PyArg_ParseTuple(args, "KK:_wait_until_free", &address, &nbytes)) {
+        return NULL;
+    }
+    const int result = ring_clear_the_way(self->module, address, address + nbytes, NO_DEADLINE);
+    if (result != DONE) {
+        return ring_raise(self, result, "io_uring_enter");
+    }
+    Py_RETURN_NONE;
+}
+
+/* ---- Carrying out ------------------------------------------------------------------------ */
+
+/* The requests of a tuple, checked to be of this ring. -1 with TypeError. */
+static int
+check_requests(Ring *self, PyObject *requests)
+{
+    if (!PyTuple_Check(requests)) {
+        PyErr_SetString(PyExc_TypeError, "requests must be a tuple");
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(requests); i++) {
+        const PyObject *each = PyTuple_GET_ITEM(requests, i);
+        if (!Py_IS_TYPE(each, self->module->request_type) || ((Request *)each)->ring != self) {
+            PyErr_Format(PyExc_TypeError, "request %zd is none of this ring's", i);
+            return -1;
+        }
+    }
+    return ring_check_caller(self);
+}
+
+static inline struct request *
+request_at(PyObject *requests, Py_ssize_t index)
+{
+    return ((Request *)PyTuple_GET_ITEM(requests, index))->request;
+}
+
+/* Starts those that are not started yet, and sends what there is room for. `failed` is the index of the one
+ * that a code other than DONE is about. */
+static int
+start_all_locked(Ring *self, PyObject *requests, Py_ssize_t *failed)
+{
+    int result = DONE;
+    const Py_ssize_t n = PyTuple_GET_SIZE(requests);
+    for (*failed = 0; result == DONE && *failed < n; ++*failed) {
+        struct request *request = request_at(requests, *failed);
+        if (!request->started) {
+            result = request_start_locked(self, request);
+        }
+    }
+    --*failed;
+    if (result == DONE) {
+        Py_BEGIN_ALLOW_THREADS
+        request_pump_locked(self);
+        Py_END_ALLOW_THREADS
+    }
+    return result;
+}
+
+/* The exception for a request that could not be started or waited for. Returns NULL. */
+static PyObject *
+raise_unstarted(const Ring *self, int result, const struct request *request)
+{
+    if (result != SOURCE_IS_CLOSED) {
+        return ring_raise(self, result, "io_uring_enter");
+    }
+    const Source *closed = request->sources[0];
+    for (size_t i = 0; i < request->source_count && !source_is_closed(closed); i++) {
+        closed = request->sources[i];
+    }
+    return PyErr_Format(PyExc_ValueError, "%S is closed", closed->path);
+}
+
+/* Whether a request that isn't started yet has to wait for one that was given up: then its ring, as a new
+ * reference. */
+static Ring *
+in_the_way_of(PyObject *requests)
+{
+    Ring *ring = NULL;
+    for (Py_ssize_t i = 0; ring == NULL && i < PyTuple_GET_SIZE(requests); i++) {
+        const Request *each = (Request *)PyTuple_GET_ITEM(requests, i);
+        if (!each->request->started) {
+            ring = request_in_the_way(each->ring->module, each->request->low, each->request->high);
+        }
+    }
+    return ring;
+}
+
+static void
+give_up_all_locked(Ring *self, PyObject *requests)
+{
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(requests); i++) {
+        request_give_up_locked(self, request_at(requests, i));
+    }
+}
+
+/* Waits for what is in the way, starts all, and waits until all have finished; or gives them up. */
+static int
+carry_out(Ring *self, PyObject *requests, int64_t deadline, Py_ssize_t *failed)
+{
+    const Py_ssize_t n = PyTuple_GET_SIZE(requests);
+    int result = DONE;
+    *failed = 0;
+    for (Py_ssize_t i = 0; result == DONE && i < n; i++) {
+        const struct request *request = request_at(requests, i);
+        if (!request->started) {
+            result = ring_clear_the_way(self->module, request->low, request->high, deadline);
+        }
+    }
+    ring_lock(self);
+    if (result == DONE) {
+        result = start_all_locked(self, requests, failed);
+    }
+    for (Py_ssize_t i = 0; result == DONE && i < n; i++) {
+        result = ring_finish_locked(self, request_at(requests, i), deadline);
+    }
+    if (result != DONE) {
+        give_up_all_locked(self, requests);
+    }
+    ring_unlock(self);
+    return result;
+}
+
+/* _carry_out(requests, deadline): starts those of the tuple that aren't started, and waits until all have
+ * finished. After an exception all of them are given up. `deadline` is a moment of time.monotonic_ns(), or
+ * None; TimeoutError when it has come. */
+PyObject *
+ring_carry_out(Ring *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    int64_t deadline = NO_DEADLINE;
+    Py_ssize_t failed;
+    if (nargs != 2) {
+        PyErr_SetString(PyExc_TypeError, "_carry_out takes requests and a deadline");
+        return NULL;
+    }
+    if (args[1] != Py_None) {
+        deadline = PyLong_AsLongLong(args[1]);
+        if (deadline == -1 && PyErr_Occurred()) {
+            return NULL;
+        }
+    }
+    if (check_requests(self, args[0]) < 0) {
+        return NULL;
+    }
+    const int result = carry_out(self, args[0], deadline, &failed);
+    if (result == ETIME) {
+        PyErr_SetNone(PyExc_TimeoutError);
+        return NULL;
+    }
+    if (result != DONE) {
+        return raise_unstarted(self, result,
+                               PyTuple_GET_SIZE(args[0]) ? request_at(args[0], failed) : NULL);
+    }
+    Py_RETURN_NONE;
+}
+
+/* _start(requests): starts those of the tuple that aren't started, without a wait, and returns None; or
+ * starts none and returns the ring of a request that was given up, and is in the way. */
+PyObject *
+ring_start(Ring *self, PyObject *requests)
+{
+    Py_ssize_t failed;
+    if (check_requests(self, requests) < 0) {
+        return NULL;
+    }
+    Ring *busy = in_the_way_of(requests);
+    if (busy != NULL) {
+        return (PyObject *)busy;
+    }
+    ring_lock(self);
+    const int result = start_all_locked(self, requests, &failed);
+    if (result != DONE) {
+        give_up_all_locked(self, requests);
+    }
+    ring_unlock(self);
+    if (result != DONE) {
+        return raise_unstarted(self, result, request_at(requests, failed));
+    }
+    Py_RETURN_NONE;
+}
+
+/* ---- A Request --------------------------------------------------------------------------- */
+
+static void
+watch_unlink_locked(struct request *request)
+{
+    struct request **link = &request->watch->finished;
+    while (*link != NULL && *link != request) {
+        link = &(*link)->next;
+    }
+    if (*link == request) {
+        *link = request->next;
+    }
+}
+
+/* The loop doesn't wait for it any more. Returns the watch, for the caller to release without the lock. */
+static struct watch *
+unwatch_locked(struct request *request)
+{
+    struct watch *watch = request->watch;
+    if (watch != NULL) {
+        watch_unlink_locked(request);
+        request->watch = NULL;
+    }
+    return watch;
+}
+
+/* Nobody has the Request any more: what is in flight of it is given up. Returns the request, if it is to be
+ * freed here. */
+static struct request *
+disown_locked(Ring *ring, struct request *request)
+{
+    request_give_up_locked(ring, request);
+    request->owned = false;
+    return request->started && request->left > 0 ? NULL : request;
+}
+
+static void
+request_dealloc(Request *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    if (self->request != NULL && !ring_is_forked(self->ring)) {
+        ring_lock(self->ring);
+        struct watch *watch = unwatch_locked(self->request);
+        struct request *freed = disown_locked(self->ring, self->request);
+        ring_unlock(self->ring);
+        if (watch != NULL) {
+            watch_release(watch);
+        }
+        if (freed != NULL) {
+            request_free(freed);
+        }
+    }
+    Py_XDECREF(self->ring);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static int
+request_traverse(Request *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->ring);
+    if (self->request != NULL) {
+        Py_VISIT(self->request->future);
+    }
+    return 0;
+}
+
+static PyObject *
+request_give_up(Request *self, PyObject *Py_UNUSED(ignored))
+{
+    if (ring_check_process(self->ring) < 0) {
+        return NULL;
+    }
+    ring_lock(self->ring);
+    struct watch *watch = unwatch_locked(self->request);
+    request_give_up_locked(self->ring, self->request);
+    ring_unlock(self->ring);
+    if (watch != NULL) {
+        watch_release(watch);
+    }
+    Py_RETURN_NONE;
+}
+
+/* attach(watch, future): once the request has finished, Ring._arrived(watch) sets the future. False: it has
+ * finished. One future at a time. */
+static PyObject *
+request_attach(Request *self, PyObject *args)
+{
+    PyObject *watch, *future;
+    if (!PyArg_ParseTuple(args, "O!O:attach", self->ring->module->watch_type, &watch, &future) ||
+        ring_check_process(self->ring) < 0) {
+        return NULL;
+    }
+    struct request *request = self->request;
+    PyObject *before = NULL;
+    ring_lock(self->ring);
+    const bool attached = request->left > 0 && request->started && request->watch == NULL;
+    const bool finished = request->started && request->left == 0;
+    if (attached) {
+        before = request->future;
+        request->watch = ((Watch *)watch)->watch;
+        atomic_fetch_add(&request->watch->holders, 1);
+        request->future = Py_NewRef(future);
+    }
+    ring_unlock(self->ring);
+    Py_XDECREF(before);
+    if (!attached && !finished) {
+        PyErr_SetString(PyExc_RuntimeError, "the request isn't started, or is awaited already");
+        return NULL;
+    }
+    return PyBool_FromLong(attached);
+}
+
+/* take() -> [(index, res, nbytes)] of the reads that were not whole; raises what kept others from being
+ * sent. To be called once the request has finished, as often as one likes. */
+static PyObject *
+request_take(Request *self, PyObject *Py_UNUSED(ignored))
+{
+    const struct request *request = self->request;
+    if (!request->started || request->left > 0) {
+        PyErr_SetString(PyExc_RuntimeError, "the request has not finished");
+        return NULL;
+    }
+    if (request->error != 0) {
+        return ring_raise(self->ring, request->error, "io_uring_enter");
+    }
+    PyObject *list = PyList_New(0);
+    struct shortfall each;
+    for (size_t i = request->first_short; list != NULL && i != NO_COMMAND; i = each.next) {
+        each = request_short(request, i);
+        PyObject *item =
+            Py_BuildValue("(niI)", (Py_ssize_t)i, (int)each.res, (unsigned)each.nbytes);
+        if (item == NULL || PyList_Append(list, item) < 0) {
+            Py_CLEAR(list);
+        }
+        Py_XDECREF(item);
+    }
+    return list;
+}
+
+static PyObject *
+request_get_finished(const Request *self, void *Py_UNUSED(closure))
+{
+    ring_lock(self->ring);
+    const bool finished = self->request->started && self->request->left == 0;
+    ring_unlock(self->ring);
+    return PyBool_FromLong(finished);
+}
+
+static PyObject *
+request_get_ring(const Request *self, void *Py_UNUSED(closure))
+{
+    return Py_NewRef((PyObject *)self->ring);
+}
+
+/* ---- Event loops ------------------------------------------------------------------------- */
+
+/* Sets the future, unless it is done: it may be cancelled. -1 with an exception. */
+static int
+set_future(PyObject *future)
+{
+    PyObject *done = PyObject_CallMethod(future, "done", NULL);
+    PyObject *set = NULL;
+    if (done == Py_False) {
+        set = PyObject_CallMethod(future, "set_result", "O", Py_None);
+    }
+    const int failed = done == NULL || (done == Py_False && set == NULL);
+    Py_XDECREF(done);
+    Py_XDECREF(set);
+    return failed ? -1 : 0;
+}
+
+/* The future of the first request of the watch's that has finished, a new reference; or NULL. */
+static PyObject *
+first_finished_locked(const struct watch *watch)
+{
+    return watch->finished != NULL ? Py_NewRef(watch->finished->future) : NULL;
+}
+
+/* Its future was set: nobody needs to be told of it any more. */
+static bool
+drop_finished_locked(struct watch *watch, const PyObject *future)
+{
+    struct request *request = watch->finished;
+    if (request == NULL || request->future != future) {
+        return false; /* whoever had it has let go of it meanwhile */
+    }
+    watch->finished = request->next;
+    request->watch = NULL;
+    return true;
+}
+
+static void
+look_again(Ring *self, struct watch *watch)
+{
+    uint64_t value;
+    ssize_t ignored = read(watch->event_fd, &value, sizeof(value));
+    (void)ignored;
+    ring_lock(self);
+    if (self->state == RING_OPEN) {
+        Py_BEGIN_ALLOW_THREADS
+        ring_fetch_locked(self);
+        Py_END_ALLOW_THREADS
+    }
+}
+
+/* _arrived(watch): consumes what is there, and sets the futures of requests that have finished. What an
+ * exception leaves is told of again. */
+PyObject *
+ring_arrived(Ring *self, PyObject *object)
+{
+    if (!Py_IS_TYPE(object, self->module->watch_type)) {
+        PyErr_SetString(PyExc_TypeError, "watch must be a Watch");
+        return NULL;
+    }
+    if (ring_check_thread(self) < 0) {
+        return NULL;
+    }
+    struct watch *watch = ((Watch *)object)->watch;
+    look_again(self, watch);
+    PyObject *future;
+    while ((future = first_finished_locked(watch)) != NULL) {
+        ring_unlock(self);
+        const int failed = set_future(future);
+        ring_lock(self);
+        const bool dropped = !failed && drop_finished_locked(watch, future);
+        if (failed) {
+            watch_tell(watch);
+        }
+        ring_unlock(self);
+        if (dropped) {
+            watch_release(watch); /* the request's own; this Watch has another */
+        }
+        Py_DECREF(future);
+        if (failed) {
+            return NULL;
+        }
+        ring_lock(self);
+    }
+    ring_unlock(self);
+    Py_RETURN_NONE;
+}
+
+/* ---- One short read ---------------------------------------------------------------------- */
+
+/* Waits for what is in the way, and carries out a request that is this call's own. What was given up is the
+ * ring's from then on. */
+static int
+carry_out_one(Ring *self, struct request *request, int64_t deadline)
+{
+    int result = ring_clear_the_way(self->module, request->low, request->high, deadline);
+    ring_lock(self);
+    if (result == DONE) {
+        result = request_start_locked(self, request);
+    }
+    if (result == DONE) {
+        request_pump_locked(self);
+        result = ring_finish_locked(self, request, deadline);
+        if (result != DONE) {
+            request_give_up_locked(self, request);
+        }
+    }
+    return result;
+}
+
+/* _read(source, offset, nbytes, target, fixed, timeout) -> whether one read brought all of it. `timeout` is
+ * in seconds, or None. */
+PyObject *
+ring_read(Ring *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    int64_t deadline;
+    if (nargs != 6) {
+        PyErr_SetString(PyExc_TypeError, "_read takes 6 arguments");
+        return NULL;
+    }
+    const int fixed = PyObject_IsTrue(args[4]);
+    if (fixed < 0 || ring_deadline(args[5], &deadline) < 0 || ring_check_caller(self) < 0) {
+        return NULL;
+    }
+    struct request *request = request_new(1, 1, false);
+    if (request == NULL) {
+        return PyErr_NoMemory();
+    }
+    struct command *command = request->commands;
+    if (take_sources(self, request, args[0]) < 0 ||
+        check_file_read(self, command, args[1], args[2], args[3]) < 0) {
+        request_free(request);
+        return NULL;
+    }
+    if (!fixed) {
+        command->registered = NOT_REGISTERED;
+    }
+    request->way = way_of_request(request, fixed);
+    request->low = command->address;
+    request->high = command->address + command->nbytes;
+    request->owned = true;
+    const int result = carry_out_one(self, request, deadline);
+    const bool whole = request->first_short == NO_COMMAND;
+    const int error = result != DONE ? result : request->error;
+    PyObject *path = Py_NewRef(request->sources[0]->path);
+    struct request *freed = disown_locked(self, request);
+    ring_unlock(self);
+    if (freed != NULL) {
+        request_free(freed);
+    }
+    if (error == ETIME) {
+        PyErr_SetNone(PyExc_TimeoutError);
+    }
+    else if (error == SOURCE_IS_CLOSED) {
+        PyErr_Format(PyExc_ValueError, "%S is closed", path);
+    }
+    else if (error != DONE) {
+        ring_raise(self, error, "io_uring_enter");
+    }
+    Py_DECREF(path);
+    return error == DONE ? PyBool_FromLong(whole) : NULL;
+}
+
+/* ---- Type -------------------------------------------------------------------------------- */
+
+static PyGetSetDef request_getset[] = {
+    {"finished", (getter)request_get_finished, NULL, "Whether nothing of it is left.", NULL},
+    {"ring", (getter)request_get_ring, NULL, "The ring that it is of.", NULL},
+    {0},
+};
+
+static PyMethodDef request_methods[] = {
+    {"give_up", (PyCFunction)request_give_up, METH_NOARGS,
+     "give_up(): nobody waits for it any more; what the kernel has stays in flight."},
+    {"attach", (PyCFunction)request_attach, METH_VARARGS,
+     "attach(watch, future): Ring._arrived(watch) sets the future; False: it has finished."},
+    {"take", (PyCFunction)request_take, METH_NOARGS,
+     "take() -> [(index, res, nbytes)] of reads that were not whole."},
+    {0},
+};
+
+static PyType_Slot request_slots[] = {
+    {Py_tp_dealloc, request_dealloc},
+    {Py_tp_traverse, request_traverse},
+    {Py_tp_methods, request_methods},
+    {Py_tp_getset, request_getset},
+    {0, NULL},
+};
+
+PyType_Spec gdsdirect_request_spec = {
+    .name = "gdsdirect._uring_cmd.Request",
+    .basicsize = sizeof(Request),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE |
+             Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = request_slots,
+};

@@ -1,0 +1,129 @@
+"""SharedRing: the ring of a buffer, by which all reads of files into it go.
+
+Any number of threads and event loops share it. A read is some requests, each made and checked by
+`reads`, `files` or `bounced`, and carried out together; csrc/request.h says what one goes through.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Self
+
+from gdsdirect.memory import GpuMappedBuffer, MemoryKind
+from gdsdirect.plan import SLOT
+from gdsdirect.stream import AsyncUringStream
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from gdsdirect._uring_cmd import Request, Source
+
+_BOUNCE_SLOTS = 32  # of SLOT bytes; csrc/ring.h has both
+
+# Registering touches all pages first, and a read touches those of its own while others are on their
+# way: of new memory that is a tenth of the time.
+_ONCE = "memory that is read into once is not registered"
+
+Arrays = tuple["array[int]", "array[int]", "array[int]"]
+"""Of n reads: positions in the source, sizes ("I"), and targets in the buffer, in bytes."""
+
+Requests = tuple["Request", ...]
+"""Requests of one ring, which are carried out together."""
+
+
+class SharedRing(AsyncUringStream):
+    """A ring over the memory of a buffer, which may be dropped before the ring is.
+
+    `unregistered` says why the kernel did not register the memory, or is None.
+    """
+
+    unregistered: str | None
+
+    def __new__(cls, buffer: GpuMappedBuffer, *, once: bool = False) -> Self:
+        """`once`: the memory is read into once, and never again."""
+        twin = buffer._twin()  # the ring must not keep the buffer, which finds the ring by itself
+        self = super().__new__(cls, twin, register=False if once else None, _shared=True)
+        self.unregistered = None
+        if once:
+            self.unregistered = _ONCE
+        elif not self.registered and twin.kind is not MemoryKind.BAR1_PEER:
+            self.unregistered = self._registration_error(self._register_errno).strerror
+        return self
+
+    @property
+    def kind(self) -> MemoryKind:
+        """What the memory is."""
+        return self.buffer.kind
+
+    # ---- Requests
+
+    def reads(self, source: Source, arrays: Arrays, *, fixed: bool = False) -> Request:
+        """Reads of a file or a namespace, `fixed` into registered memory."""
+        return self._request(source, *arrays, fixed)
+
+    def files(self, sources: tuple[Source, ...], arrays: Arrays, *, fixed: bool) -> Request:
+        """Reads of many files, one of each."""
+        return self._request(sources, *arrays, fixed)
+
+    def bounced(
+        self, source: Source, arrays: Arrays, parts: Sequence[tuple[int, int]], *, fixed: bool
+    ) -> Request:
+        """Aligned reads into bounce slots; of each so many bytes from one on go to its target.
+
+        `parts` has for each read the bytes to skip and the bytes to take.
+        """
+        if not self._has_bounce:
+            self._lend_bounce(GpuMappedBuffer.from_host_visible(_BOUNCE_SLOTS * SLOT))
+        skips = array("I", [skip for skip, _ in parts])
+        wanted = array("I", [count for _, count in parts])
+        return self._request(source, *arrays, fixed, skips, wanted)
+
+    async def carry_out(self, requests: Requests) -> None:
+        """Start what isn't started, and wait until all have finished, while other tasks run.
+
+        After an exception all are given up.
+        """
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        try:
+            while (busy := self._start(requests)) is not None:
+                await busy._news(loop)
+            for request in requests:
+                await self._finish(request, loop)
+        except BaseException:
+            for request in requests:
+                request.give_up()
+            raise
+
+    async def _finish(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
+        if request.finished:
+            return
+        watch = self._watch_of(loop)
+        future = loop.create_future()
+        try:
+            if request.attach(watch.descriptors, future):
+                await future
+        finally:
+            self._end_if_idle(watch)
+
+
+def ring_of(buffer: GpuMappedBuffer) -> SharedRing:
+    """The buffer's ring, made when it is first asked for.
+
+    A forked child has one of its own: the parent's is nothing there.
+    """
+    key = os.getpid()
+    ring: SharedRing | None = buffer._rings.get(key)
+    if ring is None:
+        ring = buffer._rings.setdefault(key, SharedRing(buffer))
+    elif ring.closed:  # by a `close` of the buffer that went no further
+        ring = buffer._rings[key] = SharedRing(buffer)
+    return ring
+
+
+def read_once(buffer: GpuMappedBuffer) -> None:
+    """Make the ring of new memory so that the first read into it is the fastest."""
+    buffer._rings[os.getpid()] = SharedRing(buffer, once=True)
