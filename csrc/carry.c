@@ -228,6 +228,34 @@ request_give_up_locked(Ring *self, struct request *request)
     }
 }
 
+void
+request_adopt_locked(Ring *self)
+{
+    struct request *request = &self->remnant;
+    if (self->requests > 0 || inflight_count(&self->table) == 0) {
+        return; /* it was left before */
+    }
+    *request = (struct request){
+        .started = true,
+        .owned = true,
+        .first_short = NO_COMMAND,
+        .low = UINT64_MAX,
+    };
+    for (uint32_t i = 0; i < self->table.depth; i++) {
+        struct slot *slot = &self->table.slots[i];
+        if (slot_is_taken(slot)) {
+            const uint64_t end = slot->address + slot->nbytes;
+            slot->request = request;
+            request->left++;
+            request->low = slot->address < request->low ? slot->address : request->low;
+            request->high = end > request->high ? end : request->high;
+        }
+    }
+    request->count = request->sent = request->left;
+    self->requests++;
+    request_give_up_locked(self, request);
+}
+
 /* ---- Sending ----------------------------------------------------------------------------- */
 
 int
@@ -430,11 +458,12 @@ request_land_locked(Ring *self, struct slot *slot, int32_t res)
     if (request->bounces != NULL) {
         copy_wanted_locked(self, request, slot, nbytes);
     }
-    if (nbytes != expected) {
+    if (nbytes != expected && request->commands != NULL) {
         request_note_short(request, slot->user_data, res, nbytes);
     }
     slot_free(&self->table, slot);
     self->table.holders[slot->holder].flying--;
+    holder_drop(&self->table, slot->holder, 0); /* of a remnant it may be the last that needs it */
     if (--request->left == 0) {
         finish_locked(self, request);
     }

@@ -15,6 +15,10 @@ int request_start_locked(Ring *self, struct request *request);
 /* Nobody waits for it any more. With the GIL held. */
 void request_give_up_locked(Ring *self, struct request *request);
 
+/* The ring's user leaves it with commands in flight: they are a request from now on, and given up. With the
+ * GIL held. */
+void request_adopt_locked(Ring *self);
+
 /* The request that a command was of takes in what became of it. Its slot is free afterwards. */
 void request_land_locked(Ring *self, struct slot *slot, int32_t res);
 

@@ -326,6 +326,13 @@ inflight_find(struct inflight *table, uint64_t id)
     return &table->slots[index];
 }
 
+/* A slot's generation is odd while it is taken. */
+static inline bool
+slot_is_taken(const struct slot *slot)
+{
+    return slot->generation & 1;
+}
+
 static inline void
 slot_free(struct inflight *table, struct slot *slot)
 {

@@ -177,14 +177,15 @@ memory_releasebuffer(Memory *self, Py_buffer *Py_UNUSED(view))
     atomic_fetch_sub(&self->exports, 1);
 }
 
-/* _part(offset, nbytes): a range of it as memory of its own, whose views keep this one from being closed,
- * and which tells whether it has any. Not for rings: the aliases are this one's. */
+/* _part(offset, nbytes, owner=None): a range of it as memory of its own, whose views keep this one from being
+ * closed, and `owner`, and which tells whether it has any. Not for rings: the aliases are this one's. */
 static PyObject *
 memory_part(Memory *self, PyObject *args)
 {
     Py_ssize_t offset, nbytes;
+    PyObject *owner = NULL;
     struct module_state *state = PyModule_GetState(self->module);
-    if (!PyArg_ParseTuple(args, "nn:_part", &offset, &nbytes)) {
+    if (!PyArg_ParseTuple(args, "nn|O:_part", &offset, &nbytes, &owner)) {
         return NULL;
     }
     if (offset < 0 || nbytes < 0 || offset > self->nbytes || nbytes > self->nbytes - offset) {
@@ -202,6 +203,7 @@ memory_part(Memory *self, PyObject *args)
     }
     part->address = self->address + offset;
     part->nbytes = nbytes;
+    part->owner = Py_XNewRef(owner);
     return (PyObject *)part;
 }
 

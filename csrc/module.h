@@ -21,17 +21,35 @@ struct given_up {
     pid_t process;
 };
 
+/* Rings of the kernel's that nothing needs now: making one, and its end, take longer than a small read, and a
+ * user's locked memory is given back some time after that end. Those of default depth and flags, without
+ * files or buffers. */
+#define IDLE_RINGS 16
+
+struct io_uring;
+
+struct idle_rings {
+    pthread_mutex_t lock;
+    pid_t process;
+    unsigned count;
+    struct io_uring *rings; /* IDLE_RINGS of them; NULL: none yet */
+};
+
 struct module_state {
     PyTypeObject *memory_type;
     PyTypeObject *source_type;
     PyTypeObject *ring_type;
     PyTypeObject *request_type;
     PyTypeObject *watch_type;
+    PyTypeObject *then_type;
+    PyTypeObject *slots_type;
+    PyTypeObject *slot_type;
     PyObject *source_name;     /* "_source": where a Namespace keeps its Source */
     PyObject *name_name;       /* "name" */
     _Atomic uint32_t closings; /* sources closed so far: rings then look which of theirs are */
     struct aliases aliases;
     struct given_up given_up;
+    struct idle_rings idle;
 };
 
 extern struct PyModuleDef gdsdirect_uring_cmd_module;
@@ -86,6 +104,8 @@ void gdsdirect_source_release(Source *source);
 /* A Source on a descriptor of a file just opened with `flags`, which it owns from then on. NULL with an
  * exception, and then the descriptor is the caller's still. */
 Source *gdsdirect_source_own_fd(PyTypeObject *type, int fd, int flags, PyObject *path);
+
+void gdsdirect_idle_rings_free(struct idle_rings *idle);
 
 PyObject *gdsdirect_open_source(PyObject *module, PyObject *args);
 PyObject *gdsdirect_open_sources(PyObject *module, PyObject *args);

@@ -78,6 +78,9 @@ ring_reap_locked(Ring *self)
     struct io_uring_cqe *cqe;
     const size_t ready = self->table.ready;
     unsigned head, seen = 0;
+    if (self->state == RING_CLOSED) {
+        return; /* by another thread, once what this one waits for had finished */
+    }
 
     io_uring_for_each_cqe(&self->ring, head, cqe) {
         struct slot *slot = inflight_find(&self->table, cqe->user_data);
@@ -114,6 +117,9 @@ ring_reap_locked(Ring *self)
 void
 ring_fetch_locked(Ring *self)
 {
+    if (self->state == RING_CLOSED) {
+        return;
+    }
     if (self->setup_flags & IORING_SETUP_IOPOLL || ring_has_deferred(self)) {
         io_uring_get_events(&self->ring);
         self->arrival_consumed = true; /* even if no CQE came of it */
@@ -362,25 +368,72 @@ pop_locked(Ring *self, size_t count)
     }
 }
 
-/* The tuple that Completion is made of. The holder can't change: the outcome counts in it. */
+/* A Completion, which the ring's class makes of itself and a tuple. The holder can't change: the outcome
+ * counts in it. */
 static PyObject *
-outcome_tuple(const struct outcome *outcome, Source *source)
+completion_of(Ring *self, PyObject *make, const struct outcome *outcome, Source *source)
 {
-    return Py_BuildValue("(KiIIKIO)", (unsigned long long)outcome->user_data, (int)outcome->res,
-                         (unsigned)outcome->nbytes, (unsigned)outcome->expected,
-                         (unsigned long long)outcome->position, (unsigned)outcome->way,
-                         (PyObject *)source);
+    PyObject *fields = Py_BuildValue(
+        "(KiIIKIO)", (unsigned long long)outcome->user_data, (int)outcome->res,
+        (unsigned)outcome->nbytes, (unsigned)outcome->expected,
+        (unsigned long long)outcome->position, (unsigned)outcome->way, (PyObject *)source);
+    if (fields == NULL) {
+        return NULL;
+    }
+    PyObject *const args[] = {(PyObject *)self, fields};
+    PyObject *completion = PyObject_Vectorcall(make, args, 2, NULL);
+    Py_DECREF(fields);
+    return completion;
 }
 
-/* The outcomes that are ready, `most` at most, as a list of tuples; all stay ready if that fails. */
+struct taken {
+    struct outcome outcome;
+    Source *source;
+};
+
 static PyObject *
-take_ready(Ring *self, size_t most)
+list_of_completions(Ring *self, PyObject *make, const struct taken *taken, size_t count)
+{
+    PyObject *list = PyList_New((Py_ssize_t)count);
+    for (size_t i = 0; list != NULL && i < count; i++) {
+        PyObject *item = completion_of(self, make, &taken[i].outcome, taken[i].source);
+        if (item == NULL) {
+            Py_CLEAR(list);
+            break;
+        }
+        PyList_SET_ITEM(list, (Py_ssize_t)i, item);
+    }
+    return list;
+}
+
+/* They are in the caller's hands; or, where that failed, in the queue again as they were. */
+static void
+settle_taken_locked(Ring *self, const struct taken *taken, size_t count, bool handed_over)
+{
+    self->table.on_the_way -= count;
+    for (size_t i = count; i-- > 0;) {
+        if (handed_over) {
+            holder_drop(&self->table, taken[i].outcome.holder, 1);
+        }
+        else {
+            self->table.first--;
+            *outcome_at(&self->table, 0) = taken[i].outcome;
+            self->table.ready++;
+        }
+    }
+    if (!handed_over && count > 0) {
+        ring_wake_locked(self, NULL);
+        ring_tell_watches_locked(self);
+    }
+}
+
+/* The outcomes that are ready, `most` at most, as a list of Completions; all stay ready if that fails. With
+ * the lock, which is free afterwards. */
+static PyObject *
+take_ready(Ring *self, PyObject *make, size_t most)
 {
     const size_t count = self->table.ready < most ? self->table.ready : most;
-    struct taken {
-        struct outcome outcome;
-        Source *source;
-    } *taken = malloc((count ? count : 1) * sizeof(*taken));
+    struct taken *taken = malloc((count ? count : 1) * sizeof(*taken));
     if (taken == NULL) {
         ring_unlock(self);
         return PyErr_NoMemory();
@@ -391,59 +444,75 @@ take_ready(Ring *self, size_t most)
     }
     pop_locked(self, count);
     self->table.on_the_way += count;
-    pthread_mutex_unlock(&self->lock);
+    ring_unlock(self);
 
-    PyObject *list = PyList_New((Py_ssize_t)count);
-    for (size_t i = 0; list != NULL && i < count; i++) {
-        PyObject *item = outcome_tuple(&taken[i].outcome, taken[i].source);
-        if (item == NULL) {
-            Py_CLEAR(list);
-            break;
-        }
-        PyList_SET_ITEM(list, (Py_ssize_t)i, item);
-    }
-
+    PyObject *list = list_of_completions(self, make, taken, count);
     ring_lock(self);
-    self->table.on_the_way -= count;
-    for (size_t i = count; i-- > 0;) {
-        if (list != NULL) {
-            holder_drop(&self->table, taken[i].outcome.holder, 1);
-        }
-        else {
-            self->table.first--;
-            *outcome_at(&self->table, 0) = taken[i].outcome;
-            self->table.ready++;
-        }
-    }
+    settle_taken_locked(self, taken, count, list != NULL);
     ring_unlock(self);
     free(taken);
     return list;
 }
 
-/* _take(count, timeout, most=…): at least `count` outcomes, or fewer when time is up or nothing is
- * left in flight: [(user_data, res, nbytes, expected, position, way, source)]. */
-PyObject *
-ring_take(Ring *self, PyObject *args)
+/* At least `count` completions, or fewer when time is up or nothing is left in flight; `most` at most. */
+static PyObject *
+take_completions(Ring *self, Py_ssize_t count, int64_t deadline, size_t most)
 {
-    Py_ssize_t count, most = PY_SSIZE_T_MAX;
-    PyObject *timeout;
-    int64_t deadline;
-    if (!PyArg_ParseTuple(args, "nO|n:_take", &count, &timeout, &most) ||
-        ring_deadline(timeout, &deadline) < 0) {
-        return NULL;
-    }
     if (count < 0) {
         return PyErr_Format(PyExc_ValueError, "count is %zd: give 0 or more", count);
     }
     if (ring_check_caller(self) < 0) {
         return NULL;
     }
-    int result = lock_and_collect(self, (size_t)count, deadline);
-    if (result != DONE) {
-        ring_unlock(self);
-        return ring_raise(self, result, "io_uring_enter");
+    PyObject *make = PyObject_GetAttrString((PyObject *)self, "_completion");
+    if (make == NULL) {
+        return NULL;
     }
-    return take_ready(self, (size_t)most);
+    const int result = lock_and_collect(self, (size_t)count, deadline);
+    PyObject *list = NULL;
+    if (result == DONE) {
+        list = take_ready(self, make, most);
+    }
+    else {
+        ring_unlock(self);
+        ring_raise(self, result, "io_uring_enter");
+    }
+    Py_DECREF(make);
+    return list;
+}
+
+PyObject *
+ring_wait(Ring *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"count", "timeout", NULL};
+    Py_ssize_t count = 1;
+    PyObject *timeout = Py_None;
+    int64_t deadline;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|nO:wait", names, &count, &timeout) ||
+        ring_deadline(timeout, &deadline) < 0) {
+        return NULL;
+    }
+    return take_completions(self, count, deadline, SIZE_MAX);
+}
+
+PyObject *
+ring_poll(Ring *self, PyObject *Py_UNUSED(ignored))
+{
+    return take_completions(self, 0, NO_DEADLINE, SIZE_MAX);
+}
+
+/* _take_one(): a completion that is there, or NotImplemented. */
+PyObject *
+ring_take_one(Ring *self, PyObject *Py_UNUSED(ignored))
+{
+    PyObject *list = take_completions(self, 0, NO_DEADLINE, 1);
+    if (list == NULL) {
+        return NULL;
+    }
+    PyObject *one = PyList_GET_SIZE(list) > 0 ? PyList_GET_ITEM(list, 0) : Py_NotImplemented;
+    Py_INCREF(one);
+    Py_DECREF(list);
+    return one;
 }
 
 static size_t

@@ -34,7 +34,9 @@ void ring_collect_given_up(struct module_state *module);
 /* None or seconds, as a moment of CLOCK_MONOTONIC in ns. -1 with an exception. */
 int ring_deadline(PyObject *timeout, int64_t *deadline);
 
-PyObject *ring_take(Ring *self, PyObject *args);
+PyObject *ring_wait(Ring *self, PyObject *args, PyObject *kwargs);
+PyObject *ring_poll(Ring *self, PyObject *ignored);
+PyObject *ring_take_one(Ring *self, PyObject *ignored);
 PyObject *ring_wait_into(Ring *self, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords);
 PyObject *ring_look(Ring *self, PyObject *ignored);
 

@@ -46,14 +46,16 @@ struct request {
     size_t first_short; /* of those that were not whole: see request_short */
     uint64_t low, high; /* addresses that it writes to, from `low` to before `high` */
     enum way way;
-    int error;        /* errno of the submission that failed, or a code of ring.h; 0: none did */
-    bool started;     /* it is the ring's, or was */
-    bool queued;      /* it is in the ring's queue */
-    bool given_up;    /* nobody waits for it */
-    bool owned;       /* a Request of Python's has it, and frees it */
-    PyObject *future; /* a reference to what is set once it has finished, for `watch` */
+    int error;     /* errno of the submission that failed, or a code of ring.h; 0: none did */
+    bool started;  /* it is the ring's, or was */
+    bool queued;   /* it is in the ring's queue */
+    bool given_up; /* nobody waits for it */
+    bool owned;    /* a Request of Python's has it, and frees it */
+    PyObject
+        *futures; /* a list of those to be set once it has finished, for `watch`; a reference */
     struct watch *watch;
-    struct command one; /* saves an allocation */
+    struct command
+        one; /* saves an allocation; `commands` is NULL where there are none to know of */
 };
 
 /* Room for `count` commands, and for that many sources or one; all is zeroed. NULL: no memory. */
@@ -89,7 +91,7 @@ request_free(struct request *request)
     for (size_t i = 0; i < request->source_count; i++) {
         Py_XDECREF(request->sources[i]);
     }
-    Py_XDECREF(request->future);
+    Py_XDECREF(request->futures);
     free(request);
 }
 

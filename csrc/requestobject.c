@@ -265,9 +265,10 @@ give_up_all_locked(Ring *self, PyObject *requests)
     }
 }
 
-/* Waits for what is in the way, starts all, and waits until all have finished; or gives them up. */
+/* Waits for what is in the way, starts all, and waits until all have finished; or gives them up, unless they
+ * are to be kept. */
 static int
-carry_out(Ring *self, PyObject *requests, int64_t deadline, Py_ssize_t *failed)
+carry_out(Ring *self, PyObject *requests, int64_t deadline, bool keep, Py_ssize_t *failed)
 {
     const Py_ssize_t n = PyTuple_GET_SIZE(requests);
     int result = DONE;
@@ -285,23 +286,23 @@ carry_out(Ring *self, PyObject *requests, int64_t deadline, Py_ssize_t *failed)
     for (Py_ssize_t i = 0; result == DONE && i < n; i++) {
         result = ring_finish_locked(self, request_at(requests, i), deadline);
     }
-    if (result != DONE) {
+    if (result != DONE && !keep) {
         give_up_all_locked(self, requests);
     }
     ring_unlock(self);
     return result;
 }
 
-/* _carry_out(requests, deadline): starts those of the tuple that aren't started, and waits until all have
- * finished. After an exception all of them are given up. `deadline` is a moment of time.monotonic_ns(), or
+/* _carry_out(requests, deadline, give_up=True): starts those of the tuple that aren't started, and waits until
+ * all have finished. After an exception all of them are given up, or stay as they are. `deadline` is a moment of time.monotonic_ns(), or
  * None; TimeoutError when it has come. */
 PyObject *
 ring_carry_out(Ring *self, PyObject *const *args, Py_ssize_t nargs)
 {
     int64_t deadline = NO_DEADLINE;
     Py_ssize_t failed;
-    if (nargs != 2) {
-        PyErr_SetString(PyExc_TypeError, "_carry_out takes requests and a deadline");
+    if (nargs != 2 && nargs != 3) {
+        PyErr_SetString(PyExc_TypeError, "_carry_out takes requests, a deadline and give_up");
         return NULL;
     }
     if (args[1] != Py_None) {
@@ -313,7 +314,8 @@ ring_carry_out(Ring *self, PyObject *const *args, Py_ssize_t nargs)
     if (check_requests(self, args[0]) < 0) {
         return NULL;
     }
-    const int result = carry_out(self, args[0], deadline, &failed);
+    const bool keep = nargs == 3 && args[2] == Py_False;
+    const int result = carry_out(self, args[0], deadline, keep, &failed);
     if (result == ETIME) {
         PyErr_SetNone(PyExc_TimeoutError);
         return NULL;
@@ -414,7 +416,7 @@ request_traverse(Request *self, visitproc visit, void *arg)
     Py_VISIT(Py_TYPE(self));
     Py_VISIT(self->ring);
     if (self->request != NULL) {
-        Py_VISIT(self->request->future);
+        Py_VISIT(self->request->futures);
     }
     return 0;
 }
@@ -435,8 +437,8 @@ request_give_up(Request *self, PyObject *Py_UNUSED(ignored))
     Py_RETURN_NONE;
 }
 
-/* attach(watch, future): once the request has finished, Ring._arrived(watch) sets the future. False: it has
- * finished. One future at a time. */
+/* attach(watch, future): once the request has finished, Ring._arrived(watch) sets the future, and others that
+ * were attached with the same watch. False: it has finished. */
 static PyObject *
 request_attach(Request *self, PyObject *args)
 {
@@ -445,21 +447,36 @@ request_attach(Request *self, PyObject *args)
         ring_check_process(self->ring) < 0) {
         return NULL;
     }
+    struct watch *theirs = ((Watch *)watch)->watch;
     struct request *request = self->request;
-    PyObject *before = NULL;
+    PyObject *before = NULL, *futures = PyList_New(1);
+    if (futures == NULL) {
+        return NULL;
+    }
+    PyList_SET_ITEM(futures, 0, Py_NewRef(future));
     ring_lock(self->ring);
-    const bool attached = request->left > 0 && request->started && request->watch == NULL;
     const bool finished = request->started && request->left == 0;
-    if (attached) {
-        before = request->future;
-        request->watch = ((Watch *)watch)->watch;
-        atomic_fetch_add(&request->watch->holders, 1);
-        request->future = Py_NewRef(future);
+    const bool attached =
+        request->started && !finished && (request->watch == NULL || request->watch == theirs);
+    bool appended = true;
+    if (attached && request->watch == theirs) {
+        appended = PyList_Append(request->futures, future) == 0; /* allocates, and runs nothing */
+    }
+    else if (attached) {
+        before = request->futures;
+        request->futures = futures;
+        futures = NULL;
+        request->watch = theirs;
+        atomic_fetch_add(&theirs->holders, 1);
     }
     ring_unlock(self->ring);
     Py_XDECREF(before);
+    Py_XDECREF(futures);
+    if (!appended) {
+        return NULL;
+    }
     if (!attached && !finished) {
-        PyErr_SetString(PyExc_RuntimeError, "the request isn't started, or is awaited already");
+        PyErr_SetString(PyExc_RuntimeError, "the request isn't started, or another loop awaits it");
         return NULL;
     }
     return PyBool_FromLong(attached);
@@ -471,8 +488,9 @@ static PyObject *
 request_take(Request *self, PyObject *Py_UNUSED(ignored))
 {
     const struct request *request = self->request;
-    if (!request->started || request->left > 0) {
-        PyErr_SetString(PyExc_RuntimeError, "the request has not finished");
+    if (!request->started || request->left > 0 || request->given_up) {
+        PyErr_SetString(PyExc_RuntimeError, request->given_up ? "the request was given up"
+                                                              : "the request has not finished");
         return NULL;
     }
     if (request->error != 0) {
@@ -509,7 +527,7 @@ request_get_ring(const Request *self, void *Py_UNUSED(closure))
 
 /* ---- Event loops ------------------------------------------------------------------------- */
 
-/* Sets the future, unless it is done: it may be cancelled. -1 with an exception. */
+/* Sets a future, unless it is done: it may be cancelled. -1 with an exception. */
 static int
 set_future(PyObject *future)
 {
@@ -524,19 +542,33 @@ set_future(PyObject *future)
     return failed ? -1 : 0;
 }
 
-/* The future of the first request of the watch's that has finished, a new reference; or NULL. */
+static int
+set_futures(PyObject *futures)
+{
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(futures); i++) {
+        PyObject *future = Py_NewRef(PyList_GET_ITEM(futures, i));
+        const int failed = set_future(future);
+        Py_DECREF(future);
+        if (failed) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
+/* The futures of the first request of the watch's that has finished, a new reference; or NULL. */
 static PyObject *
 first_finished_locked(const struct watch *watch)
 {
-    return watch->finished != NULL ? Py_NewRef(watch->finished->future) : NULL;
+    return watch->finished != NULL ? Py_NewRef(watch->finished->futures) : NULL;
 }
 
-/* Its future was set: nobody needs to be told of it any more. */
+/* Its futures were set: nobody needs to be told of it any more. */
 static bool
-drop_finished_locked(struct watch *watch, const PyObject *future)
+drop_finished_locked(struct watch *watch, const PyObject *futures)
 {
     struct request *request = watch->finished;
-    if (request == NULL || request->future != future) {
+    if (request == NULL || request->futures != futures) {
         return false; /* whoever had it has let go of it meanwhile */
     }
     watch->finished = request->next;
@@ -551,11 +583,9 @@ look_again(Ring *self, struct watch *watch)
     ssize_t ignored = read(watch->event_fd, &value, sizeof(value));
     (void)ignored;
     ring_lock(self);
-    if (self->state == RING_OPEN) {
-        Py_BEGIN_ALLOW_THREADS
-        ring_fetch_locked(self);
-        Py_END_ALLOW_THREADS
-    }
+    Py_BEGIN_ALLOW_THREADS
+    ring_fetch_locked(self);
+    Py_END_ALLOW_THREADS
 }
 
 /* _arrived(watch): consumes what is there, and sets the futures of requests that have finished. What an
@@ -572,12 +602,12 @@ ring_arrived(Ring *self, PyObject *object)
     }
     struct watch *watch = ((Watch *)object)->watch;
     look_again(self, watch);
-    PyObject *future;
-    while ((future = first_finished_locked(watch)) != NULL) {
+    PyObject *futures;
+    while ((futures = first_finished_locked(watch)) != NULL) {
         ring_unlock(self);
-        const int failed = set_future(future);
+        const int failed = set_futures(futures);
         ring_lock(self);
-        const bool dropped = !failed && drop_finished_locked(watch, future);
+        const bool dropped = !failed && drop_finished_locked(watch, futures);
         if (failed) {
             watch_tell(watch);
         }
@@ -585,7 +615,7 @@ ring_arrived(Ring *self, PyObject *object)
         if (dropped) {
             watch_release(watch); /* the request's own; this Watch has another */
         }
-        Py_DECREF(future);
+        Py_DECREF(futures);
         if (failed) {
             return NULL;
         }

@@ -258,11 +258,11 @@ arrival_fd_locked(Ring *self)
     return self->arrival_fd;
 }
 
-/* Whether anything wakes those who sleep until completions come. */
+/* Whether anything wakes those who sleep until completions come, in this thread. */
 static int
 check_wakes(Ring *self)
 {
-    if (ring_check_caller(self) < 0) {
+    if (ring_check_thread(self) < 0) {
         return -1;
     }
     if (self->setup_flags & IORING_SETUP_IOPOLL) {
@@ -365,7 +365,7 @@ ring_tell_watches_locked(Ring *self)
 static int
 make_watch_locked(Ring *self, int *arrivals, struct watch **watch)
 {
-    if (self->state != RING_OPEN) {
+    if (self->state == RING_CLOSED) {
         return STREAM_CLOSED;
     }
     forget_unwatched_locked(self);

@@ -114,6 +114,8 @@ typedef struct {
     uint32_t unowned;  /* references to this ring that finished requests had: to be let go of */
     struct request *to_free; /* finished, and nobody has them; by `next` */
     struct bounce_memory bounce;
+    struct request
+        remnant; /* what callers submitted, once its ring is left by its user: see carry.h */
 
     bool has_leader;
     bool leader_called;     /* it was sent enough CQEs of our own to come back */

@@ -6,8 +6,10 @@
 #include <errno.h>
 #include <limits.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
+#include "carry.h"
 #include "reap.h"
 #include "requestobject.h"
 #include "sqe.h"
@@ -27,6 +29,79 @@ power_of_two(uint32_t at_least)
         power *= 2;
     }
     return power;
+}
+
+/* ---- Idle rings -------------------------------------------------------------------------- */
+
+#define IDLE_DEPTH 128 /* the default */
+
+/* In a fork's child those of its parent are nothing. */
+static void
+idle_of_this_process_locked(struct idle_rings *idle)
+{
+    if (idle->process != getpid()) {
+        idle->process = getpid();
+        idle->count = 0;
+    }
+}
+
+static bool
+take_idle(struct idle_rings *idle, struct io_uring *ring)
+{
+    pthread_mutex_lock(&idle->lock);
+    idle_of_this_process_locked(idle);
+    const bool found = idle->count > 0;
+    if (found) {
+        *ring = idle->rings[--idle->count];
+    }
+    pthread_mutex_unlock(&idle->lock);
+    return found;
+}
+
+/* False: there are enough, or no memory for it. */
+static bool
+keep_idle(struct idle_rings *idle, const struct io_uring *ring)
+{
+    pthread_mutex_lock(&idle->lock);
+    idle_of_this_process_locked(idle);
+    if (idle->rings == NULL) {
+        idle->rings = calloc(IDLE_RINGS, sizeof(*idle->rings));
+    }
+    const bool kept = idle->rings != NULL && idle->count < IDLE_RINGS;
+    if (kept) {
+        idle->rings[idle->count++] = *ring;
+    }
+    pthread_mutex_unlock(&idle->lock);
+    return kept;
+}
+
+void
+gdsdirect_idle_rings_free(struct idle_rings *idle)
+{
+    while (idle->count > 0 && idle->process == getpid()) {
+        io_uring_queue_exit(&idle->rings[--idle->count]);
+    }
+    free(idle->rings);
+    pthread_mutex_destroy(&idle->lock);
+}
+
+/* Memory of rings that have ended comes back a moment later: their end is left to a thread of the kernel's. */
+static int
+set_up_patiently(uint32_t entries, struct io_uring *ring, struct io_uring_params *params)
+{
+    int result = io_uring_queue_init_params(entries, ring, params);
+    for (unsigned ms = 1; result == -ENOMEM && ms <= 256; ms *= 2) {
+        const struct timespec pause = {.tv_nsec = ms * 1000000L};
+        struct io_uring_params again = {
+            .flags = params->flags,
+            .cq_entries = params->cq_entries,
+            .sq_thread_idle = params->sq_thread_idle,
+        };
+        nanosleep(&pause, NULL);
+        *params = again;
+        result = io_uring_queue_init_params(entries, ring, params);
+    }
+    return result;
 }
 
 /* Sets up the kernel's side. 0 or a positive errno. */
@@ -55,7 +130,13 @@ open_ring(Ring *self, uint32_t depth)
     if (!inflight_init(&self->table, depth)) {
         return ENOMEM;
     }
-    int result = io_uring_queue_init_params(entries, &self->ring, &params);
+    if (self->shared && depth == IDLE_DEPTH && take_idle(&self->module->idle, &self->ring)) {
+        return 0;
+    }
+    int result;
+    Py_BEGIN_ALLOW_THREADS
+    result = set_up_patiently(entries, &self->ring, &params);
+    Py_END_ALLOW_THREADS
     if (result < 0) {
         self->ring.ring_fd = -1;
     }
@@ -68,7 +149,9 @@ open_ring(Ring *self, uint32_t depth)
 static void
 register_what_works(Ring *self)
 {
-    self->registers_files = io_uring_register_files_sparse(&self->ring, REGISTERED_FILES) == 0;
+    /* A shared ring reads few times of each file, which is to be closed when its user closes it. */
+    self->registers_files =
+        !self->shared && io_uring_register_files_sparse(&self->ring, REGISTERED_FILES) == 0;
     if (self->setup_flags & IORING_SETUP_SINGLE_ISSUER &&
         io_uring_register_ring_fd(&self->ring) == 1) {
         self->enter_flags = IORING_ENTER_REGISTERED_RING;
@@ -247,15 +330,21 @@ give_back(const Ring *self, struct remains *remains)
         if (remains->has_files && !forked) {
             io_uring_unregister_files(ring);
         }
-        if (remains->has_buffers && !forked) {
-            io_uring_unregister_buffers(ring);
+        const bool unpinned =
+            !remains->has_buffers || (!forked && io_uring_unregister_buffers(ring) == 0);
+        if (self->shared && self->table.depth == IDLE_DEPTH && unpinned && !forked &&
+            remains->watches == NULL && remains->epoll_fd < 0 && io_uring_cq_ready(ring) == 0 &&
+            keep_idle(&self->module->idle, ring)) {
+            ring->ring_fd = -1;
         }
         if (forked || !pthread_equal(self->owner_thread, pthread_self())) {
             /* A registered descriptor's index is its thread's; here it may be another ring's. No
              * thread has this one, and the owner's end frees its own. */
             ring->enter_ring_fd = INT_MAX;
         }
-        io_uring_queue_exit(ring);
+        if (ring->ring_fd >= 0) {
+            io_uring_queue_exit(ring);
+        }
     }
     while (remains->watches != NULL) {
         struct watch *watch = remains->watches;
@@ -329,6 +418,9 @@ ring_close(Ring *self, PyObject *args, PyObject *kwargs)
     if (last) {
         take_remains_locked(self, &remains);
     }
+    else if (result == ETIME) {
+        request_adopt_locked(self);
+    }
     ring_unlock(self);
     if (last) {
         give_back(self, &remains);
@@ -399,12 +491,13 @@ ring_finalize(Ring *self)
     ring_lock(self);
     ring_reap_locked(self);
     uint32_t left = inflight_count(&self->table);
+    request_adopt_locked(self); /* which then have this ring, and let go of it when they are back */
     ring_unlock(self);
     int failed = left == 0
                      ? PyErr_ResourceWarning((PyObject *)self, 1, "unclosed stream %R", self)
                      : PyErr_ResourceWarning((PyObject *)self, 1,
                                              "stream collected with %u commands in flight: its "
-                                             "memory is never freed; close() it",
+                                             "memory is not freed before they are back; close() it",
                                              left);
     if (failed) {
         PyErr_WriteUnraisable((PyObject *)self);
@@ -595,6 +688,16 @@ PyDoc_STRVAR(
     "does; returns their user_data as a range. The arguments are those of submit_reads.\n");
 
 PyDoc_STRVAR(
+    wait_doc,
+    "wait($self, /, count=1, timeout=None)\n--\n\n"
+    "Wait for at least count completions and return all that are there, as a list of Completion.\n\n"
+    "Fewer come back when timeout (seconds) has passed, or when nothing is left in flight. What is\n"
+    "not returned is not lost. Signal handlers run meanwhile; what they raise ends the wait.\n");
+
+PyDoc_STRVAR(poll_doc, "poll($self, /)\n--\n\n"
+                       "The completions that are there, without waiting.\n");
+
+PyDoc_STRVAR(
     wait_into_doc,
     "wait_into($self, out, count=1, timeout=None)\n--\n\n"
     "Wait for at least count completions and write all that fit into out; returns how many.\n\n"
@@ -630,7 +733,9 @@ static PyMethodDef ring_methods[] = {
     {"wait_into", KEYWORDS(ring_wait_into), METH_FASTCALL | METH_KEYWORDS, wait_into_doc},
     {"close", KEYWORDS(ring_close), METH_VARARGS | METH_KEYWORDS, close_doc},
     {"fileno", (PyCFunction)ring_fileno, METH_NOARGS, fileno_doc},
-    {"_take", (PyCFunction)ring_take, METH_VARARGS, NULL},
+    {"wait", KEYWORDS(ring_wait), METH_VARARGS | METH_KEYWORDS, wait_doc},
+    {"poll", (PyCFunction)ring_poll, METH_NOARGS, poll_doc},
+    {"_take_one", (PyCFunction)ring_take_one, METH_NOARGS, NULL},
     {"_watch", (PyCFunction)ring_watch, METH_NOARGS, NULL},
     {"_arrived", (PyCFunction)ring_arrived, METH_O, NULL},
     {"_look", (PyCFunction)ring_look, METH_NOARGS, NULL},

@@ -1,7 +1,7 @@
 /*
  * The module _uring_cmd, and nothing else.
  */
-#include "module.h"
+#include "handout.h"
 
 static PyTypeObject *
 add_type(PyObject *module, PyType_Spec *spec)
@@ -18,6 +18,7 @@ module_exec(PyObject *module)
 {
     struct module_state *state = PyModule_GetState(module);
     pthread_mutex_init(&state->given_up.lock, NULL);
+    pthread_mutex_init(&state->idle.lock, NULL);
     if (!alias_init(&state->aliases)) {
         PyErr_NoMemory();
         return -1;
@@ -28,10 +29,17 @@ module_exec(PyObject *module)
         (state->source_type = add_type(module, &gdsdirect_source_spec)) == NULL ||
         (state->ring_type = add_type(module, &gdsdirect_ring_spec)) == NULL ||
         (state->request_type = add_type(module, &gdsdirect_request_spec)) == NULL ||
-        (state->watch_type = add_type(module, &gdsdirect_watch_spec)) == NULL) {
+        (state->watch_type = add_type(module, &gdsdirect_watch_spec)) == NULL ||
+        (state->then_type = add_type(module, &gdsdirect_then_spec)) == NULL ||
+        (state->slots_type = add_type(module, &gdsdirect_slots_spec)) == NULL ||
+        (state->slot_type = add_type(module, &gdsdirect_slot_spec)) == NULL) {
         return -1;
     }
-    return 0;
+    PyTypeObject *turn = add_type(module, &gdsdirect_turn_spec);
+    PyTypeObject *handout = turn ? add_type(module, &gdsdirect_handout_spec) : NULL;
+    Py_XDECREF(turn); /* the module has both */
+    Py_XDECREF(handout);
+    return handout != NULL ? 0 : -1;
 }
 
 static int
@@ -43,6 +51,9 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->ring_type);
     Py_VISIT(state->request_type);
     Py_VISIT(state->watch_type);
+    Py_VISIT(state->then_type);
+    Py_VISIT(state->slots_type);
+    Py_VISIT(state->slot_type);
     return 0;
 }
 
@@ -57,6 +68,9 @@ module_clear(PyObject *module)
     Py_CLEAR(state->ring_type);
     Py_CLEAR(state->request_type);
     Py_CLEAR(state->watch_type);
+    Py_CLEAR(state->then_type);
+    Py_CLEAR(state->slots_type);
+    Py_CLEAR(state->slot_type);
     return 0;
 }
 
@@ -66,6 +80,7 @@ module_free(void *module)
     struct module_state *state = PyModule_GetState(module);
     module_clear(module);
     alias_free(&state->aliases);
+    gdsdirect_idle_rings_free(&state->idle);
 }
 
 static PyMethodDef module_methods[] = {

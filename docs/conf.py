@@ -44,10 +44,12 @@ nitpick_ignore = [
     for name in (
         "Buffer",
         "Collection",
+        "Coroutine",
         "OnGpu",  # what the text calls GPU memory
         "Sequence",
         "collections.abc.Callable",
         "collections.abc.Collection",
+        "collections.abc.Coroutine",
         "collections.abc.Iterable",
         "collections.abc.Mapping",
         "collections.abc.Sequence",

@@ -10,18 +10,19 @@ import contextlib
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self, overload
+from typing import TYPE_CHECKING, Self, TypeAlias, overload
 from weakref import ref
 
 from gdsdirect.cuda import is_on_gpu
+from gdsdirect.errors import ring_module, ring_type
 from gdsdirect.memory import GpuMappedBuffer
 from gdsdirect.plan import REGISTERED
 from gdsdirect.shared_ring import SharedRing, ring_of
 from gdsdirect.stream import DataPath
-from gdsdirect.supply import BATCH, GRAIN, Failed, Landed, Load, ManyFiles, Supply
+from gdsdirect.supply import BATCH, GRAIN, Landed, Load, Loaded, ManyFiles, Place, Supply
 from gdsdirect.transfer import Require, permitted
 
 if TYPE_CHECKING:
@@ -30,9 +31,13 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-    from gdsdirect._uring_cmd import Memory
+    from gdsdirect._uring_cmd import Handout, Memory, Slots
     from gdsdirect.cuda import OnGpu
     from gdsdirect.gpu_chunks import GpuChunkStream
+
+    _Chunks: TypeAlias = Handout["Chunk"]
+else:
+    _Chunks = ring_type("Handout")
 
 _CHUNK = 1 << 20
 
@@ -49,8 +54,6 @@ class Chunk:
     __slots__ = (
         "__weakref__",
         "_memory",
-        "_slot",
-        "_stream",
         "file",
         "nbytes",
         "offset",
@@ -59,27 +62,29 @@ class Chunk:
         "why",
     )
 
-    def __init__(self, stream: ChunkStream, memory: Memory, landed: Landed) -> None:
-        self._stream: ChunkStream | None = stream
-        self._memory = memory
-        self.view = memoryview(memory)
-        self._slot, _, self.nbytes, self.file, self.offset, self.path, self.why = landed
+    def __init__(self, buffer: GpuMappedBuffer, landed: Landed) -> None:
+        slot, begin, self.nbytes, self.file, self.offset, self.path, self.why = landed
+        # The slot is free again once this memory is gone, which its views keep.
+        self._memory: Memory | None = buffer._part(slot.offset + begin, self.nbytes, slot)
+        self.view = memoryview(self._memory)
+
+    @property
+    def _address(self) -> int:
+        """Where the bytes are; ValueError once the chunk is released."""
+        if self._memory is None:
+            raise ValueError("the chunk is released")
+        return self._memory.address
 
     def release(self) -> None:
         """Give the slot back. More than once is harmless."""
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            self.view.release()
-            stream._put_back(self._slot, self._memory)
-            del self._memory
+        self.view.release()
+        self._memory = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.release()
-
-    __del__ = release
 
     def __repr__(self) -> str:
         return f"<Chunk {self.nbytes} bytes of {self.file!r} at {self.offset}, {self.path.name}>"
@@ -107,10 +112,29 @@ class StreamProgress:
         return self.nbytes / self.seconds if self.seconds else 0.0
 
 
-class ChunkStream:
+Bytes = Mapping[DataPath, int]
+"""How many went each way."""
+
+
+class _Ahead:
+    """A load that was begun, and then what came of it."""
+
+    __slots__ = ("after", "bytes", "load", "nbytes", "ready")
+
+    def __init__(self, load: Load) -> None:
+        self.load: Load | None = load  # until it has landed
+        self.after = load.after
+        self.nbytes = load.nbytes
+        self.ready: deque[Chunk | Exception] | None = None  # once it has
+        self.bytes: Bytes = {}  # of the stream, with those of this load
+
+
+class ChunkStream(_Chunks):
     """An iterator of chunks, for `for` and `async for`; made by `File.stream` and `stream_files`.
 
-    To be closed when it isn't read to its end: by `with`, `async with` or `close()`.
+    To be closed when it isn't read to its end: by `with`, `async with` or `close()`. An exception
+    that comes from elsewhere, such as KeyboardInterrupt, loses no chunk: whoever asks again gets
+    the next one.
     """
 
     def __init__(
@@ -121,199 +145,208 @@ class ChunkStream:
         self._supply = supply
         self._buffer = buffer
         self._view = buffer.view()
-        self._free = deque(slots)
-        self._slots = len(self._free)
+        self._slots: Slots = ring_module().Slots(slots)
         # So many are free before a load begins: small files would else go one by one.
-        self._enough = max(1, min(BATCH, self._slots // 8))
+        self._enough = max(1, min(BATCH, len(self._slots) // 8))
+        self._reader: object = None  # None, or what reads it: threads, or one event loop
         self._ring: SharedRing | None = None
-        self._reader: AbstractEventLoop | None = None
-        self._ahead: deque[Load] = deque()
-        self._ready: deque[Landed | Failed] = deque()
-        # Of chunks that were released while there is an array of theirs.
-        self._lingering: dict[int, Memory] = {}
-        self._out: dict[int, ref[Chunk]] = {}  # the last of each slot
-        self._wanted: Callable[[], object] | None = None
+        # What the stream is at: loads in order, and where the one behind the last that left began.
+        self._ahead: deque[_Ahead] = deque()
+        self._place = supply.first
+        self._bytes: Bytes = {}  # of loads that left
+        self._chunks: dict[int, ref[Chunk]] = {}  # the last of each slot
+        self._released: asyncio.Event | None = None
         self._begun = 0.0
-        self._nbytes = 0
-        self._ways: dict[DataPath, int] = {}
         self._closed = False
-        self._turn = threading.Lock()  # of whoever asks for the next chunk
-        self._turn_async: asyncio.Lock | None = None
-        self._opening: asyncio.Future[None] | None = None
+        self._process = os.getpid()
 
     @property
     def progress(self) -> StreamProgress:
         """How far it is now."""
         ahead = list(self._ahead)
-        away = len(self._free) + len(self._ready) + sum(len(load.slots) for load in ahead)
+        front = ahead[0] if ahead and ahead[0].ready is not None else None
+        waiting = [each for each in (front.ready or ()) if isinstance(each, Chunk)] if front else []
+        handed = Counter(front.bytes if front else self._bytes)
+        for chunk in waiting:
+            handed[chunk.path] -= chunk.nbytes
+        loading = [each for each in ahead if each.load is not None]
+        taken = sum(len(each.load.slots) for each in loading if each.load is not None)
         return StreamProgress(
-            self._nbytes,
+            handed.total(),
             self._supply.total,
             time.monotonic() - self._begun if self._begun else 0.0,
-            sum(load.nbytes for load in ahead),
-            self._slots - away,
-            dict(self._ways),
+            sum(each.nbytes for each in loading),
+            len(self._slots) - self._slots.free - len(waiting) - taken,
+            {way: nbytes for way, nbytes in handed.items() if nbytes},
         )
-
-    # ---- Slots
-
-    def _put_back(self, slot: int, memory: Memory) -> None:
-        if self._closed:  # an array has the memory by itself
-            return
-        if memory._in_use:
-            self._lingering[slot] = memory
-            return
-        self._free.append(slot)
-        if self._wanted is not None:
-            self._wanted()
-
-    def _collect_lingering(self) -> None:
-        for slot, memory in list(self._lingering.items()):
-            if not memory._in_use:
-                del self._lingering[slot]
-                self._free.append(slot)
 
     # ---- Chunks
 
-    def _read_ahead(self, ring: SharedRing) -> bool:
-        """Load into what is free; whether the supply has to open something first."""
-        if self._lingering:
-            self._collect_lingering()
-        while len(self._free) >= self._enough or (self._free and not self._ahead):
-            load = self._supply.load(ring, self._free)
+    def _next_place(self) -> Place:
+        """Where the next load begins."""
+        return self._ahead[-1].after if self._ahead else self._place
+
+    def _read_ahead(self, ring: SharedRing) -> None:
+        """Load into what is free."""
+        while self._slots.free >= self._enough or (self._slots.free and not self._ahead):
+            load = self._supply.load(self._next_place(), ring, self._slots)
             if load is None:
-                return self._supply.hungry
-            self._ahead.append(load)
+                break
+            self._ahead.append(_Ahead(load))
+            load.start()
+
+    def _deliver(self, ahead: _Ahead, loaded: Loaded) -> None:
+        """What a load has brought is ready."""
+        chunks = [
+            each if isinstance(each, Exception) else Chunk(self._buffer, each) for each in loaded
+        ]
+        total = Counter(self._bytes)
+        for each, chunk in zip(loaded, chunks, strict=True):
+            if isinstance(chunk, Chunk) and isinstance(each, Landed):
+                self._chunks[each.slot.offset] = ref(chunk)
+                total[chunk.path] += chunk.nbytes
+        ahead.bytes = total
+        ahead.ready = deque(chunks)
+        ahead.load = None
+
+    def _is_ready(self) -> bool:
+        """Whether there is a chunk to hand out; loads that have none any more leave."""
+        while self._ahead:
+            front = self._ahead[0]
+            if front.ready is None:
+                return False
+            self._ready = front.ready
+            if front.ready:
+                return True
+            self._place, self._bytes = front.after, front.bytes
+            self._ahead.popleft()
         return False
 
-    def _deliver(self, load: Load) -> None:
-        self._ahead.popleft()
-        landed = load.landed
-        self._ready.extend(landed)
-        if len(landed) < len(load.slots):
-            taken = {each[0] for each in landed}
-            self._free.extend(slot for slot in load.slots if slot not in taken)
-        if load.error is not None:
-            raise load.error
-
-    def _hand_out(self, landed: Landed | Failed) -> Chunk:
-        if len(landed) == 2:
-            slot, error = landed
-            self._free.append(slot)
-            raise error
-        slot, begin, nbytes, _, _, way, _ = landed
-        self._nbytes += nbytes
-        self._ways[way] = self._ways.get(way, 0) + nbytes
-        chunk = Chunk(self, self._buffer._part(slot + begin, nbytes), landed)
-        self._out[slot] = ref(chunk)
-        return chunk
-
-    def _ring_for(self, loop: AbstractEventLoop | None) -> SharedRing:
+    def _ring_for(self, reader: object) -> SharedRing:
         if self._closed:
             raise ValueError("the stream is closed")
-        if self._ring is None:
-            self._ring = ring_of(self._buffer)
-            self._reader = loop
-            self._begun = time.monotonic()
-        elif self._reader is not loop:
+        if self._process != os.getpid():
+            raise RuntimeError(
+                "the stream belongs to the process that made it, and this one is its fork: make a "
+                "stream of your own here"
+            )
+        if self._reader not in (None, reader):
             raise RuntimeError("the stream is read by `for` or by one loop's `async for`, not both")
-        return self._ring
+        self._reader = reader
+        self._begun = self._begun or time.monotonic()
+        ring = self._ring = ring_of(self._buffer)
+        return ring
 
-    def __iter__(self) -> Self:
-        return self
+    def _prepare(self) -> None:
+        """Until there is a chunk; Handout calls this in turn."""
+        ring = self._ring_for(threading)
+        while True:
+            place = self._next_place()
+            if self._supply.is_coming(place):
+                self._supply.open(place)
+            opened = self._supply.is_open(place)
+            if opened:
+                self._read_ahead(ring)
+            if self._is_ready():
+                return
+            if not opened:
+                self._supply.open(place)
+            elif self._ahead:
+                front = self._ahead[0]
+                if front.load is not None:
+                    self._deliver(front, front.load.finish())
+            elif self._supply.exhausted(self._place):
+                raise StopIteration
+            elif not self._slots.free:
+                raise BufferError(
+                    f"all {len(self._slots)} slots of the buffer are held: release() chunks, read "
+                    "smaller ones, or give a larger buffer"
+                )
 
-    def __next__(self) -> Chunk:
-        with self._turn:
-            ring = self._ring_for(None)
-            while True:
-                if self._read_ahead(ring):
-                    self._supply.open()
-                elif self._ready:
-                    return self._hand_out(self._ready.popleft())
-                elif self._ahead:
-                    self._ahead[0].finish()
-                    self._deliver(self._ahead[0])
-                elif self._supply.exhausted:
-                    raise StopIteration
-                else:
-                    raise BufferError(
-                        f"all {self._slots} slots of the buffer are held: release() chunks, read "
-                        "smaller ones, or give a larger buffer"
-                    )
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Chunk:
+    async def _prepare_async(self) -> None:
+        """The same, while other tasks run; they may be here too, so it looks again after a wait."""
         import asyncio
 
         loop = asyncio.get_running_loop()
-        self._turn_async = self._turn_async or asyncio.Lock()
-        async with self._turn_async:
+        while True:
             ring = self._ring_for(loop)
-            while True:
-                if self._read_ahead(ring):
-                    # It goes on if this task is cancelled, and the next one waits for it.
-                    self._opening = self._opening or loop.run_in_executor(None, self._supply.open)
-                    await asyncio.shield(self._opening)
-                    self._opening = None
-                elif self._ready:
-                    return self._hand_out(self._ready.popleft())
-                elif self._ahead:
-                    await self._ahead[0].finish_async()
-                    self._deliver(self._ahead[0])
-                elif self._supply.exhausted:
-                    raise StopAsyncIteration
-                else:
-                    await self._a_slot(loop)
+            place = self._next_place()
+            opened = self._supply.is_open(place)
+            if opened:
+                self._read_ahead(ring)
+            if self._is_ready() and not self._supply.is_coming(place):
+                return
+            if not opened:
+                # It goes on if this task is cancelled.
+                await loop.run_in_executor(None, self._supply.open, place)
+            elif self._ahead:
+                front = self._ahead[0]
+                if front.load is not None:
+                    loaded = await front.load.finish_async()
+                    if front.ready is None and not self._closed:
+                        self._deliver(front, loaded)
+            elif self._supply.exhausted(self._place):
+                raise StopAsyncIteration
+            else:
+                await self._a_slot(loop)
 
     async def _a_slot(self, loop: AbstractEventLoop) -> None:
         """Until a chunk is released, by whatever thread."""
         import asyncio
 
-        released = asyncio.Event()
-        self._wanted = lambda: loop.call_soon_threadsafe(released.set)
-        try:
-            while not self._free:
-                # Nobody tells when an array is gone.
-                timeout = 0.01 if self._lingering else None
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(released.wait(), timeout)
-                self._collect_lingering()
-        finally:
-            self._wanted = None
+        released = self._released = self._released or asyncio.Event()
+        released.clear()
+        self._slots.freed = lambda: self._wake(loop, released)
+        if not self._slots.free:
+            await released.wait()
+
+    def _wake(self, loop: AbstractEventLoop, released: asyncio.Event) -> None:
+        self._slots.freed = None
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(released.set)
 
     # ---- The end
 
-    def _give_up(self) -> None:
-        if self._closed:
-            return
+    def _give_up(self) -> list[Load]:
+        """What is to be closed yet."""
         self._closed = True
-        for load in self._ahead:
-            load.close()
-        self._ahead.clear()
-        self._ready.clear()
-        for last in self._out.values():
+        loads = [ahead.load for ahead in self._ahead if ahead.load is not None]
+        for last in list(self._chunks.values()):
             chunk = last()
             if chunk is not None:
                 chunk.release()
-        self._lingering.clear()
+        self._ready = None
+        self._slots.freed = None
+        return loads
+
+    def _let_go(self) -> None:
+        """Nothing is in flight any more."""
+        self._ahead.clear()
+        self._supply.close()
         self._view.release()
         if self._ours:
-            with contextlib.suppress(BufferError):  # an array of a chunk, or a read in flight
+            with contextlib.suppress(BufferError):  # an array of a chunk
                 self._buffer.close()
+
+    def _close(self) -> None:
+        loads = self._give_up()
+        if self._process != os.getpid():  # what is in flight is the parent's
+            return
+        for load in loads:
+            load.close()
+        self._let_go()
 
     def close(self) -> None:
         """Read nothing more, wait for what is in flight, and release all chunks."""
-        self._give_up()
+        self._in_turn(self._close)
 
     async def aclose(self) -> None:
         """The same for asyncio."""
-        self._give_up()
+        import asyncio
 
-    def __del__(self) -> None:
-        for load in getattr(self, "_ahead", ()):
-            load.close()
+        for load in self._give_up():
+            await load.close_async()
+        await asyncio.to_thread(self._let_go)
 
     def __enter__(self) -> Self:
         return self

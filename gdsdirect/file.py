@@ -16,7 +16,7 @@ from gdsdirect.origin import Origin
 from gdsdirect.plan import Plan, Range
 from gdsdirect.shared_ring import ring_of
 from gdsdirect.supply import GRAIN, OneFile
-from gdsdirect.transfer import ReadResult, Require, Transfer, finish, finish_async, permitted
+from gdsdirect.transfer import ReadResult, Require, Transfer, finish, permitted, to_the_end_async
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -170,7 +170,7 @@ class File:
         with _memory(buffer) as memory:
             wanted = self._range(memory, offset, size, target_offset)
             transfer = Transfer(self._origin, ring_of(memory), permitted(require))
-            return await finish_async(transfer.read(wanted))
+            return await to_the_end_async(transfer.read(wanted))
 
     def read_many_into(
         self,
@@ -207,7 +207,7 @@ class File:
         with _memory(buffer) as memory:
             plan = _plan(memory, offsets, sizes, target_offsets)
             transfer = Transfer(self._origin, ring_of(memory), permitted(require))
-            return await finish_async(transfer.read_many(plan))
+            return await to_the_end_async(transfer.read_many(plan))
 
     @overload
     def stream(

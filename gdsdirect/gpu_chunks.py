@@ -174,7 +174,7 @@ class GpuChunkStream:
         place = self._free.popleft()
         target = self._memory.address + place
         if chunk.nbytes:
-            event = slots.copies.copy(chunk._memory.address, target, chunk.nbytes)
+            event = slots.copies.copy(chunk._address, target, chunk.nbytes)
         else:
             event = slots.copies.mark()
         self._copying.append((event, chunk))

@@ -82,7 +82,7 @@ def relay(
                 break
             if chunk.nbytes:
                 place = target + relayed.nbytes
-                mark = copier.copy(chunk._memory.address, place, chunk.nbytes)
+                mark = copier.copy(chunk._address, place, chunk.nbytes)
                 pending.append((mark, chunk))
             _note(relayed, chunk)
         while wait and pending:
@@ -100,7 +100,7 @@ def relay(
 
 def next_of(stream: ChunkStream, pending: deque[tuple[M, Chunk]]) -> Chunk | None:
     """The stream's next chunk, or None, once at most half of its slots wait for their copy."""
-    most = stream._slots // 2
+    most = len(stream._slots) // 2
     while pending and (len(pending) > most or pending[0][0].query()):
         _release_oldest(pending)
     return next(stream, None)

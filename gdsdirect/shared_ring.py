@@ -6,6 +6,7 @@ Any number of threads and event loops share it. A read is some requests, each ma
 
 from __future__ import annotations
 
+import contextlib
 import os
 from array import array
 from collections.abc import Sequence
@@ -85,22 +86,26 @@ class SharedRing(AsyncUringStream):
 
         After an exception all are given up.
         """
-        import asyncio
-
-        loop = asyncio.get_running_loop()
         try:
-            while (busy := self._start(requests)) is not None:
-                await busy._news(loop)
-            for request in requests:
-                await self._finish(request, loop)
+            await self.finish(requests)
         except BaseException:
             for request in requests:
                 request.give_up()
             raise
 
+    async def finish(self, requests: Requests) -> None:
+        """The same, but for what comes after an exception: they stay as they are."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        while (busy := self._start(requests)) is not None:
+            with contextlib.suppress(ValueError):  # it is closed, since nothing is in flight there
+                await busy._news(loop)
+        for request in requests:
+            if not request.finished:
+                await self._finish(request, loop)
+
     async def _finish(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
-        if request.finished:
-            return
         watch = self._watch_of(loop)
         future = loop.create_future()
         try:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
@@ -17,9 +18,9 @@ from gdsdirect.sysfs import Sysfs
 if TYPE_CHECKING:
     import asyncio
 
-    from gdsdirect._uring_cmd import Ring, Source, Watch
+    from gdsdirect._uring_cmd import Ring, Source, Then, Watch
 else:
-    Ring = ring_type("Ring")
+    Ring, Then = ring_type("Ring"), ring_type("Then")
 
 COMPLETION_FORMAT = "QiI"
 """`struct` format of a record that `wait_into` writes: user_data, the kernel's res, bytes read."""
@@ -201,7 +202,7 @@ class AsyncUringStream(Ring):
 
     All calls may be made from any thread, unless `single_thread`. The buffer can't be closed before
     the stream. `close()` waits for what is in flight; a stream that is collected with commands in
-    flight warns, and its memory is never freed.
+    flight warns, and its memory stays until they are back.
 
     OSError, with cause and remedy, if the kernel refuses the ring.
 
@@ -220,6 +221,7 @@ class AsyncUringStream(Ring):
     """
 
     buffer: GpuMappedBuffer
+    _completion = Completion
     _watches: dict[asyncio.AbstractEventLoop, _Watch]
 
     def __new__(
@@ -262,47 +264,40 @@ class AsyncUringStream(Ring):
 
     # ---- Completions
 
-    def wait(self, count: int = 1, timeout: float | None = None) -> list[Completion]:
-        """Wait for at least `count` completions and return all that are there.
-
-        Fewer come back when `timeout` (seconds) has passed, or when nothing is left in flight. What
-        is not returned is not lost. Signal handlers run meanwhile; what they raise ends the wait.
-        """
-        return [Completion(self, record) for record in self._take(count, timeout)]
-
-    def poll(self) -> list[Completion]:
-        """The completions that are there, without waiting."""
-        return self.wait(0)
-
-    async def wait_async(self, count: int = 1) -> list[Completion]:
+    def wait_async(self, count: int = 1) -> Coroutine[Any, Any, list[Completion]]:
         """`wait()` for asyncio: other tasks run meanwhile. Being cancelled loses nothing."""
+        return Then(partial(self._arrive, count), self.poll)
+
+    async def _arrive(self, count: int) -> None:
+        """Until there are so many completions, or no more to come."""
         import asyncio
 
         loop = asyncio.get_running_loop()
         while True:
             ready, flying = self._look()
             if ready >= count or flying == 0:
-                return self.poll()
+                return
             await self._news(loop)
 
     def __aiter__(self) -> Self:
         """`async for completion in stream:` until nothing is left in flight."""
         return self
 
-    async def __anext__(self) -> Completion:
+    def __anext__(self) -> Coroutine[Any, Any, Completion]:
         # One at a time: what a loop that is left early has not seen stays in the stream.
+        return Then(self._arrive_one, self._take_one)
+
+    async def _arrive_one(self) -> None:
         import asyncio
 
         loop = asyncio.get_running_loop()
         while True:
             ready, flying = self._look()
             if ready:
-                for record in self._take(0, None, 1):  # none, if another thread was faster
-                    return Completion(self, record)
-            elif flying:
-                await self._news(loop)
-            else:
+                return
+            if not flying:
                 raise StopAsyncIteration
+            await self._news(loop)
 
     async def _news(self, loop: asyncio.AbstractEventLoop) -> None:
         """Until there is more to look at: see ring_tell_watches_locked in csrc/ring.h."""

@@ -1,14 +1,19 @@
-"""Supply: what a stream reads next, as loads of one chunk or many, each into slots of a buffer."""
+"""Supply: what a stream reads next, as loads of one chunk or many, each into slots of a buffer.
+
+A load is made from the place where the one before it ends, and nothing changes by its making: it is
+the stream that goes on, by keeping it. So an exception can come anywhere, and what it left undone
+is made once more from the same place.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from array import array
-from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from gdsdirect.errors import ring_module
 from gdsdirect.origin import Origin
@@ -20,86 +25,127 @@ from gdsdirect.transfer import PIECE, Transfer, to_the_end
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
 
-    from gdsdirect._uring_cmd import Source
+    from gdsdirect._uring_cmd import Slot, Slots, Source, Turn
 
 GRAIN = 4096  # bytes; slots begin and end at multiples of it, as almost all direct reads may
 BATCH = 32  # small files read in one batch, at most
 _OPENS = 256  # files opened in one batch
 
-Landed = tuple[int, int, int, str, int, DataPath, "str | None"]
-"""A chunk to be: slot, where in it the bytes begin, how many, file, offset, way, why."""
 
-Loaded = list["Landed | Failed"]
+class Landed(NamedTuple):
+    """A chunk to be: its slot, where in that its bytes begin, and what a Chunk tells of them."""
 
-Failed = tuple[int, Exception]
-"""A slot without a chunk, and why; told when it is its turn."""
+    slot: Slot
+    begin: int
+    nbytes: int
+    file: str
+    offset: int
+    path: DataPath
+    why: str | None
+
+
+Loaded = Sequence["Landed | Exception"]
+"""What a load brings, in order: an exception has the turn of the chunk that it is of."""
+
+Place = tuple[int, int]
+"""Where in a supply a load begins: the file's number, and the byte in it."""
 
 
 class Load(Protocol):
     """Some chunks that are read together."""
 
-    slots: list[int]
+    slots: Sequence[Slot]
     nbytes: int
-    error: Exception | None
-    """Of all of them; told when it is this load's turn."""
+    after: Place
+    """Where the next load begins."""
 
-    @property
-    def landed(self) -> Loaded:
-        """What came, once it is finished."""
+    def start(self) -> None:
+        """Have it under way, if it isn't. What fails is told by `finish`."""
 
-    def finish(self) -> None:
-        """Wait for all of it."""
+    def finish(self) -> Loaded:
+        """Wait for all of it. As often as it takes: after an exception it is read anew."""
 
-    async def finish_async(self) -> None:
+    async def finish_async(self) -> Loaded:
         """The same, while other tasks run."""
 
     def close(self) -> None:
-        """Give up what is in flight."""
+        """Give up what is in flight, and wait until it is back."""
+
+    async def close_async(self) -> None:
+        """The same, while other tasks run."""
 
 
 class RingLoad:
-    """Read by a ring: on its way once it is made."""
+    """Read by a ring, in the steps that `make` makes.
+
+    Several tasks may wait for it: each waits for the requests of the step that it is at, and the
+    first to see them finished takes the next step.
+    """
 
     def __init__(
-        self, steps: Generator[Requests, None, Loaded], slots: list[int], nbytes: int
+        self,
+        make: Callable[[], Generator[Requests, None, Loaded]],
+        slots: list[Slot],
+        nbytes: int,
+        after: Place,
     ) -> None:
-        self._steps = steps
-        self._requests: Requests | None = None
-        self.slots = slots
+        self._make = make
+        self._begun: tuple[Generator[Requests, None, Loaded], Requests] | None = None
+        self._loaded: Loaded | None = None
+        self.slots: Sequence[Slot] = slots
         self.nbytes = nbytes
-        self.landed: Loaded = []
-        self.error: Exception | None = None
-        self._advance()
+        self.after = after
 
-    def _advance(self) -> None:
-        """Take the next step; after the last one there are no requests."""
-        self._requests = None
+    def _advance(self, begun: tuple[Generator[Requests, None, Loaded], Requests] | None) -> None:
+        """Take the first step, or the one behind `begun`, unless another task has taken it."""
+        if self._begun is not begun or self._loaded is not None:
+            return
+        # Whatever comes out of a step ends the steps: then they begin anew.
+        self._begun = None
+        steps = begun[0] if begun is not None else self._make()
         try:
-            requests = next(self._steps)
-            requests[0].ring._start(requests)
-            self._requests = requests
+            requests = next(steps)
         except StopIteration as stop:
-            self.landed = stop.value
-        except Exception as error:
-            self.error = error
+            self._loaded = stop.value
+            return
+        requests[0].ring._start(requests)
+        self._begun = steps, requests
 
-    def finish(self) -> None:
-        while self._requests is not None:
-            self._requests[0].ring._carry_out(self._requests, None)
-            self._advance()
+    def start(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # it comes again when it is this load's turn
+            self._advance(None)
 
-    async def finish_async(self) -> None:
-        while self._requests is not None:
-            await self._requests[0].ring.carry_out(self._requests)
-            self._advance()
+    def finish(self) -> Loaded:
+        while self._loaded is None:
+            begun = self._begun
+            if begun is not None:
+                begun[1][0].ring._carry_out(begun[1], None, False)
+            self._advance(begun)
+        return self._loaded
+
+    async def finish_async(self) -> Loaded:
+        while self._loaded is None:
+            begun = self._begun
+            if begun is not None:
+                await begun[1][0].ring.finish(begun[1])
+            self._advance(begun)
+        return self._loaded
+
+    def _give_up(self) -> Requests:
+        requests = self._begun[1] if self._begun is not None else ()
+        for request in requests:
+            request.give_up()
+        return requests
 
     def close(self) -> None:
-        requests, self._requests = self._requests, None
-        if requests is not None:
-            for request in requests:
-                request.give_up()
+        requests = self._give_up()
+        if requests:
             requests[0].ring._carry_out(requests, None)
-        self._steps.close()
+
+    async def close_async(self) -> None:
+        requests = self._give_up()
+        if requests:
+            await requests[0].ring.finish(requests)
 
 
 class CopyLoad:
@@ -110,30 +156,80 @@ class CopyLoad:
     """
 
     def __init__(
-        self, workers: Executor, copy: Callable[[], Loaded], slots: list[int], nbytes: int
+        self,
+        workers: Executor,
+        copy: Callable[[], Loaded],
+        slots: list[Slot],
+        nbytes: int,
+        after: Place,
     ) -> None:
-        self._future = workers.submit(copy)
-        self.slots = slots
+        self._workers = workers
+        self._process = os.getpid()
+        self._copy = copy
+        self._future: Future[Loaded] | None = None
+        self.slots: Sequence[Slot] = slots
         self.nbytes = nbytes
-        self.error: Exception | None = None
+        self.after = after
 
-    @property
-    def landed(self) -> Loaded:
-        return self._future.result()
+    def start(self) -> None:
+        self._started()
 
-    def finish(self) -> None:
-        from concurrent.futures import wait
+    def _started(self) -> Future[Loaded]:
+        future = self._future
+        if future is None:
+            future = self._future = self._workers.submit(self._copy)
+        return future
 
-        wait((self._future,))
+    def finish(self) -> Loaded:
+        return self._started().result()
 
-    async def finish_async(self) -> None:
+    async def finish_async(self) -> Loaded:
         import asyncio
 
-        await asyncio.wait((asyncio.wrap_future(self._future),))
+        future = self._started()
+        await asyncio.wait((asyncio.wrap_future(future),))
+        return future.result()
 
     def close(self) -> None:
+        from concurrent.futures import wait
+
+        # In a fork's child the thread that copies is not there.
+        if self._future is None or self._process != os.getpid():
+            return
         if not self._future.cancel():
-            self.finish()
+            wait((self._future,))
+
+    # A load that was dropped must not copy into what is somebody else's by then.
+    __del__ = close
+
+    async def close_async(self) -> None:
+        import asyncio
+
+        if self._future is not None and not self._future.cancel():
+            await asyncio.wait((asyncio.wrap_future(self._future),))
+
+
+class FailedLoad:
+    """No chunk, but an error that has its turn."""
+
+    nbytes = 0
+
+    def __init__(self, error: Exception, after: Place) -> None:
+        self._error = error
+        self.slots: Sequence[Slot] = ()
+        self.after = after
+
+    def start(self) -> None: ...
+
+    def finish(self) -> Loaded:
+        return [self._error]
+
+    async def finish_async(self) -> Loaded:
+        return [self._error]
+
+    def close(self) -> None: ...
+
+    async def close_async(self) -> None: ...
 
 
 class Supply(Protocol):
@@ -142,25 +238,30 @@ class Supply(Protocol):
     total: int | None
     """Bytes in all; None where nobody knows."""
 
-    @property
-    def hungry(self) -> bool:
-        """Whether `open` has something to do."""
+    first: Place
+    """Where the first load begins."""
 
-    @property
-    def exhausted(self) -> bool:
-        """Whether there are no more loads."""
+    def is_open(self, place: Place) -> bool:
+        """Whether the next load can be made without a wait."""
 
-    def open(self) -> None:
+    def is_coming(self, place: Place) -> bool:
+        """Whether it is to be opened, and that without a wait."""
+
+    def open(self, place: Place) -> None:
         """Make ready what the next loads are of. This may block."""
 
-    def load(self, ring: SharedRing, free: deque[int]) -> Load | None:
-        """The next load, into slots that it takes from `free`; None: nothing, for now."""
+    def exhausted(self, place: Place) -> bool:
+        """Whether there are no more loads, as far as what is open tells."""
+
+    def load(self, place: Place, ring: SharedRing, slots: Slots) -> Load | None:
+        """The load that begins there; None: nothing, for now."""
+
+    def close(self) -> None:
+        """Nothing is asked for any more."""
 
 
 class OneFile:
     """The chunks of one origin; there is nothing to open."""
-
-    hungry = False
 
     def __init__(
         self,
@@ -169,41 +270,59 @@ class OneFile:
         chunk_size: int,
         require: Collection[DataPath] | None,
         *,
+        number: int = 0,
         even_if_empty: bool = False,
     ) -> None:
+        """`number` is that of the file among others, whose places have it."""
         self.total: int | None = whole.size
         self._origin = origin
-        self._offset, self._end = whole.offset, whole.offset + whole.size
+        self._begin, self._end = whole.offset, whole.offset + whole.size
         self._chunk_size = chunk_size
         self._require = require
-        self._once = even_if_empty
+        self._number = number
+        self._one_if_empty = even_if_empty and not whole.size
+        self.first: Place = (number, whole.offset)
 
-    @property
-    def exhausted(self) -> bool:
-        return self._offset >= self._end and not self._once
+    def is_open(self, place: Place) -> bool:
+        return True
 
-    def open(self) -> None: ...
+    def is_coming(self, place: Place) -> bool:
+        return False
 
-    def load(self, ring: SharedRing, free: deque[int]) -> Load | None:
-        if self.exhausted:
+    def open(self, place: Place) -> None: ...
+
+    def exhausted(self, place: Place) -> bool:
+        return place[0] != self._number or (place[1] >= self._end and not self._one_if_empty)
+
+    def load(self, place: Place, ring: SharedRing, slots: Slots) -> Load | None:
+        if self.exhausted(place):
             return None
-        count = min(len(free), BATCH) if self._is_plain(ring) else 1
-        parts: list[Range] = []
-        while len(parts) < count and not self.exhausted:
-            size = min(self._chunk_size, self._end - self._offset)
-            parts.append(Range(self._offset, size, free.pop()))
-            self._offset += size
-            self._once = False
-        steps = self._read_all(ring, parts) if count > 1 else self._read(ring, *parts[0])
-        return RingLoad(steps, [part.target for part in parts], sum(part.size for part in parts))
+        plain = self._is_plain(ring)
+        taken = slots.take(BATCH if plain else 1)
+        offset = place[1]
+        parts: list[tuple[Range, Slot]] = []
+        for slot in taken:
+            if parts and offset >= self._end:
+                break
+            size = min(self._chunk_size, self._end - offset)
+            parts.append((Range(offset, size, slot.offset), slot))
+            offset += size
+        if not parts:
+            return None
+        after = (self._number, offset) if offset < self._end else (self._number + 1, 0)
+        make = partial(self._read_all if plain else self._read_one, ring, parts)
+        nbytes = sum(part.size for part, _ in parts)
+        return RingLoad(make, [slot for _, slot in parts], nbytes, after)
+
+    def close(self) -> None: ...
 
     def _is_plain(self, ring: SharedRing) -> bool:
         """Whether each chunk is one read of whole blocks, by a way that needs no choice."""
         origin = self._origin
-        if origin.namespace is not None or origin.extents is not None or self._once:
+        if origin.namespace is not None or origin.extents is not None or self._one_if_empty:
             return False
         return (
-            (self._offset | self._chunk_size) % GRAIN == 0
+            (self._begin | self._chunk_size) % GRAIN == 0
             and self._chunk_size <= PIECE
             and origin.alignment <= GRAIN
             and origin.unmapped is None
@@ -213,42 +332,53 @@ class OneFile:
     def _way(self, ring: SharedRing) -> DataPath:
         return _way(ring, self._origin.undirected is None)
 
-    def _read_all(self, ring: SharedRing, parts: list[Range]) -> Generator[Requests, None, Loaded]:
+    def _read_all(
+        self, ring: SharedRing, parts: list[tuple[Range, Slot]]
+    ) -> Generator[Requests, None, Loaded]:
         origin, way = self._origin, self._way(ring)
         grain = 1 if way is DataPath.BUFFERED else GRAIN
         arrays = (
-            array("Q", [part.offset for part in parts]),
-            array("I", [part.size + -part.size % grain for part in parts]),
-            array("Q", [part.target for part in parts]),
+            array("Q", [part.offset for part, _ in parts]),
+            array("I", [part.size + -part.size % grain for part, _ in parts]),
+            array("Q", [part.target for part, _ in parts]),
         )
         request = ring.reads(origin.source, arrays, fixed=ring.registered)
         yield (request,)
         why = origin.undirected or ring.unregistered
-        landed: Loaded = []
         short = {index: nbytes for index, _, nbytes in request.take()}
-        for index, part in enumerate(parts):
-            offset, size, slot = part
+        landed: list[Landed | Exception] = []
+        for index, (part, slot) in enumerate(parts):
+            offset, size, _ = part
             if short.get(index, size) >= size:
-                landed.append((slot, 0, size, origin.path, offset, way, why))
+                landed.append(Landed(slot, 0, size, origin.path, offset, way, why))
                 continue
             try:
-                landed += yield from self._read(ring, *part)
+                landed += yield from self._read(ring, part, slot)
             except (OSError, ValueError) as error:
-                landed.append((slot, error))
+                landed.append(error)
         return landed
 
-    def _read(
-        self, ring: SharedRing, offset: int, size: int, slot: int
+    def _read_one(
+        self, ring: SharedRing, parts: list[tuple[Range, Slot]]
     ) -> Generator[Requests, None, Loaded]:
+        try:
+            return (yield from self._read(ring, *parts[0]))
+        except (OSError, ValueError) as error:
+            return [error]
+
+    def _read(
+        self, ring: SharedRing, part: Range, slot: Slot
+    ) -> Generator[Requests, None, list[Landed]]:
+        offset, size, target = part
         whole_blocks = self._origin.alignment <= GRAIN
         begin = offset % self._origin.alignment if whole_blocks else 0
         transfer = Transfer(self._origin, ring, self._require)
-        wanted = Range(offset - begin, size + begin, slot)
+        wanted = Range(offset - begin, size + begin, target)
         result = yield from transfer.read(wanted, overrun=whole_blocks)
         there = max(0, result.nbytes - begin)
         if there == 0 and size > 0:  # the file was cut off before
             return []
-        return [(slot, begin, there, self._origin.path, offset, result.path, result.why)]
+        return [Landed(slot, begin, there, self._origin.path, offset, result.path, result.why)]
 
 
 _Opened = tuple[str, "Source | None", int]
@@ -259,6 +389,7 @@ class ManyFiles:
     """The chunks of many files, of which small ones are opened and read in batches."""
 
     total: int | None = None
+    first: Place = (0, 0)
 
     def __init__(
         self,
@@ -271,84 +402,117 @@ class ManyFiles:
         # Not at import time: with its logging it takes as long as all that is gdsdirect's own.
         from concurrent.futures import ThreadPoolExecutor
 
-        self._paths = map(os.fsdecode, paths)
+        self._coming = iter(paths)
+        # Those that have come, as they are: a file's number is its index here.
+        self._paths: list[str | bytes | os.PathLike[str] | os.PathLike[bytes]] = []
+        self._ended = False
+        self._turn: Turn = ring_module().Turn()
         self._chunk_size = chunk_size
         self._require = require
         self._direct = direct
-        self._opened: deque[_Opened] = deque()
-        self._large: OneFile | None = None
-        self._more = True
         self._workers = ThreadPoolExecutor(_processors())
-        self._opening: Future[list[_Opened]] | None = None
+        self._opening: dict[int, Future[list[_Opened]]] = {}  # by the number of the first
+        self._opened: dict[int, list[_Opened]] = {}  # the same, once somebody waited for it
+        self._large: dict[int, OneFile] = {}  # those that are read by themselves
 
-    @property
-    def hungry(self) -> bool:
-        return self._more and not self._opened
+    def is_open(self, place: Place) -> bool:
+        return self._batch_of(place) in self._opened or self.exhausted(place)
 
-    @property
-    def exhausted(self) -> bool:
-        return not (self._more or self._opened or self._large)
+    def is_coming(self, place: Place) -> bool:
+        if self.is_open(place):
+            return False
+        opening = self._opening.get(self._batch_of(place))
+        return opening is not None and opening.done()
 
-    def open(self) -> None:
-        opening, self._opening = self._opening or self._open_next(), None
-        opened = opening.result()
-        self._opened.extend(opened)
-        self._more = len(opened) == _OPENS
-        if self._more:
-            self._opening = self._open_next()  # while these are read
+    def open(self, place: Place) -> None:
+        self._turn.run(self._open, place)
 
-    def _open_next(self) -> Future[list[_Opened]]:
-        paths = list(itertools.islice(self._paths, _OPENS))
-        flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if self._direct else 0)
-        return self._workers.submit(ring_module().open_sources, paths, flags)
+    def _open(self, place: Place) -> None:
+        first = self._batch_of(place)
+        if first not in self._opened:
+            opening = self._open_batch(first)
+            self._open_batch(first + _OPENS)  # while these are read
+            self._opened[first] = opening.result()
+        # Loads have what they need of those before.
+        for by_number in (self._opening, self._opened, self._large):
+            for before in [number for number in by_number if number < first]:
+                del by_number[before]
 
-    def load(self, ring: SharedRing, free: deque[int]) -> Load | None:
-        if self._large is not None:
-            load = self._large.load(ring, free)
-            if self._large.exhausted:
-                self._large = None
-            return load
-        if not self._opened:
+    @staticmethod
+    def _batch_of(place: Place) -> int:
+        return place[0] // _OPENS * _OPENS
+
+    def _open_batch(self, first: int) -> Future[list[_Opened]]:
+        end = first + _OPENS
+        if len(self._paths) < end and not self._ended:
+            # In one step, so that none is lost; those stay that came before an exception.
+            self._paths.extend(itertools.islice(self._coming, end - len(self._paths)))
+            self._ended = len(self._paths) < end
+        found = self._opening.get(first)
+        if found is None:
+            paths = list(map(os.fsdecode, self._paths[first:end]))
+            flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if self._direct else 0)
+            opening = self._workers.submit(ring_module().open_sources, paths, flags)
+            found = self._opening.setdefault(first, opening)
+        return found
+
+    def exhausted(self, place: Place) -> bool:
+        return self._ended and place[0] >= len(self._paths)
+
+    def load(self, place: Place, ring: SharedRing, slots: Slots) -> Load | None:
+        number, offset = place
+        opened = self._opened.get(self._batch_of(place))
+        if opened is None or self.exhausted(place):
             return None
         way = _way(ring, self._direct)
-        if self._require is None or way in self._require:
-            some = self._batch(min(BATCH, len(free)))
+        if offset == 0 and (self._require is None or way in self._require):
+            taken = slots.take(BATCH)
+            some = self._small(opened[number % _OPENS :][: len(taken)])
             if some:
-                slots = [free.pop() for _ in some]
-                nbytes = sum(size for _, _, size in some)
-                if not self._direct:
-                    copy = partial(self._copy, ring, some, slots)
-                    return CopyLoad(self._workers, copy, slots, nbytes)
-                return RingLoad(self._read(ring, way, some, slots), slots, nbytes)
+                return self._load_small(number, ring, way, some, taken[: len(some)])
+            del taken
         try:
-            self._large = self._alone(self._opened.popleft()[0])
+            large = self._alone(number)
         except (OSError, ValueError) as error:
-            return RingLoad(_raise(error), [], 0)
-        return self.load(ring, free)
+            return FailedLoad(error, (number + 1, 0))
+        return large.load(place, ring, slots)
 
-    def _batch(self, most: int) -> list[_Opened]:
+    def _small(self, opened: list[_Opened]) -> list[_Opened]:
         """The next files, as far as there is nothing special about them."""
-        some: list[_Opened] = []
-        while self._opened and len(some) < most:
-            _, source, size = self._opened[0]
-            if source is None or source.direct != self._direct or not 0 < size <= self._chunk_size:
-                break
-            some.append(self._opened.popleft())
-        return some
+        return list(itertools.takewhile(self._is_small, opened))
 
-    def _alone(self, path: str) -> OneFile:
-        origin = Origin(path, direct=self._direct)
-        whole = Range(0, origin.size, 0)
-        return OneFile(origin, whole, self._chunk_size, self._require, even_if_empty=True)
+    def _is_small(self, opened: _Opened) -> bool:
+        _, source, size = opened
+        return source is not None and source.direct == self._direct and 0 < size <= self._chunk_size
+
+    def _load_small(
+        self, number: int, ring: SharedRing, way: DataPath, some: list[_Opened], slots: list[Slot]
+    ) -> Load:
+        nbytes = sum(size for _, _, size in some)
+        after = (number + len(some), 0)
+        if not self._direct:
+            copy = partial(self._copy, ring, some, slots)
+            return CopyLoad(self._workers, copy, slots, nbytes, after)
+        return RingLoad(partial(self._read, ring, way, some, slots), slots, nbytes, after)
+
+    def _alone(self, number: int) -> OneFile:
+        found = self._large.get(number)
+        if found is None:
+            origin = Origin(os.fsdecode(self._paths[number]), direct=self._direct)
+            whole = Range(0, origin.size, 0)
+            found = self._large[number] = OneFile(
+                origin, whole, self._chunk_size, self._require, number=number, even_if_empty=True
+            )
+        return found
 
     def _read(
-        self, ring: SharedRing, way: DataPath, some: list[_Opened], slots: list[int]
+        self, ring: SharedRing, way: DataPath, some: list[_Opened], slots: list[Slot]
     ) -> Generator[Requests, None, Loaded]:
         sizes = [size for _, _, size in some]
         arrays = (
             array("Q", bytes(8 * len(some))),
             array("I", [size + -size % GRAIN for size in sizes]),
-            array("Q", slots),
+            array("Q", [slot.offset for slot in slots]),
         )
         request = ring.files(_sources(some), arrays, fixed=ring.registered)
         yield (request,)
@@ -358,11 +522,12 @@ class ManyFiles:
                 landed[index] = yield from self._again(ring, some[index], slots[index])
         return landed
 
-    def _copy(self, ring: SharedRing, some: list[_Opened], slots: list[int]) -> Loaded:
+    def _copy(self, ring: SharedRing, some: list[_Opened], slots: list[Slot]) -> Loaded:
         memory = ring.buffer
         ring._wait_until_free(memory.address, memory.nbytes)
         sizes = tuple(size for _, _, size in some)
-        came = ring_module().read_sources(memory, _sources(some), sizes, tuple(slots))
+        places = tuple(slot.offset for slot in slots)
+        came = ring_module().read_sources(memory, _sources(some), sizes, places)
         landed = _landed(some, slots, DataPath.BUFFERED, "it was opened with direct=False")
         for index, (nbytes, size) in enumerate(zip(came, sizes, strict=True)):
             if nbytes < size:
@@ -370,27 +535,34 @@ class ManyFiles:
         return landed
 
     def _again(
-        self, ring: SharedRing, opened: _Opened, slot: int
-    ) -> Generator[Requests, None, Landed | Failed]:
+        self, ring: SharedRing, opened: _Opened, slot: Slot
+    ) -> Generator[Requests, None, Landed | Exception]:
         """A file that was cut off meanwhile, or refused."""
         path, source, size = opened
         try:
             origin = Origin(path, direct=self._direct, opened=source)
             transfer = Transfer(origin, ring, self._require)
-            result = yield from transfer.read(Range(0, size, slot))
+            result = yield from transfer.read(Range(0, size, slot.offset))
         except (OSError, ValueError) as error:
-            return slot, error
-        return slot, 0, result.nbytes, path, 0, result.path, result.why
+            return error
+        return Landed(slot, 0, result.nbytes, path, 0, result.path, result.why)
+
+    def close(self) -> None:
+        self._workers.shutdown(cancel_futures=True)
+        for held in (self._opening, self._opened, self._large):
+            held.clear()
 
 
 def _sources(some: list[_Opened]) -> tuple[Source, ...]:
     return tuple(source for _, source, _ in some if source is not None)
 
 
-def _landed(some: list[_Opened], slots: list[int], way: DataPath, why: str | None) -> Loaded:
+def _landed(
+    some: list[_Opened], slots: list[Slot], way: DataPath, why: str | None
+) -> list[Landed | Exception]:
     """Chunks of whole files, all of which went one way."""
     return [
-        (slot, 0, size, path, 0, way, why)
+        Landed(slot, 0, size, path, 0, way, why)
         for slot, (path, _, size) in zip(slots, some, strict=True)
     ]
 
@@ -405,8 +577,3 @@ def _way(ring: SharedRing, direct: bool) -> DataPath:
 def _processors() -> int:
     """That copy at a time: more than some don't make memory faster."""
     return min(4, len(os.sched_getaffinity(0)))
-
-
-def _raise(error: Exception) -> Generator[Requests, None, Loaded]:
-    raise error
-    yield

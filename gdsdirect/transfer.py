@@ -1,7 +1,7 @@
 """A transfer: some ranges of an origin into a buffer, by the best way there is, to the end.
 
 Each is a generator of the requests to carry out, so that threads and event loops drive the same
-one: `finish` and `finish_async`.
+one: `to_the_end` and `to_the_end_async`.
 """
 
 from __future__ import annotations
@@ -369,8 +369,21 @@ def to_the_end(steps: Generator[Requests, None, T], deadline: int | None = None)
         steps.close()
 
 
+async def to_the_end_async(steps: Generator[Requests, None, T]) -> T:
+    """The same, while other tasks run."""
+    try:
+        while True:
+            requests = next(steps)
+            await requests[0].ring.carry_out(requests)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    finally:
+        steps.close()
+
+
 def finish(steps: Steps, timeout: float | None) -> ReadResult:
-    """The same, with a TimeoutError after `timeout` seconds that says so."""
+    """Take all steps, with a TimeoutError after `timeout` seconds that says so."""
     try:
         return to_the_end(steps, _deadline(timeout))
     except TimeoutError as error:
@@ -383,16 +396,3 @@ def _deadline(timeout: float | None) -> int | None:
     if timeout is None:
         return None
     return time.monotonic_ns() + int(min(max(timeout, 0), _LONGEST) * 1e9)
-
-
-async def finish_async(steps: Steps) -> ReadResult:
-    """Take all steps, while other tasks run."""
-    try:
-        while True:
-            requests = next(steps)
-            await requests[0].ring.carry_out(requests)
-    except StopIteration as stop:
-        result: ReadResult = stop.value
-        return result
-    finally:
-        steps.close()
