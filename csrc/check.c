@@ -20,6 +20,12 @@ registered_buffer(uint32_t registered, uint64_t offset, uint32_t nbytes)
     return first == last && first < registered ? (uint16_t)first : NOT_REGISTERED;
 }
 
+uint16_t
+check_registered(const Ring *self, uint64_t offset, uint32_t nbytes)
+{
+    return registered_buffer(self->registered, offset, nbytes);
+}
+
 /* ---- Commands of NVMe -------------------------------------------------------------------- */
 
 /* What commands are held to: a copy of the ring's and the source's, which stays in registers. */

@@ -9,6 +9,9 @@
 /* Fills a batch with the commands in `wire`. -1 with ValueError if one of them may not be sent. */
 int check_commands(const Ring *self, struct batch *batch, const Py_buffer *wire);
 
+/* The registered buffer that holds all of the range, or NOT_REGISTERED. */
+uint16_t check_registered(const Ring *self, uint64_t offset, uint32_t nbytes);
+
 /* One read of a file, as a command that may be sent. -1 with an exception that names the argument. */
 int check_file_read(const Ring *self, struct command *command, PyObject *file_offset,
                     PyObject *nbytes, PyObject *target_offset);

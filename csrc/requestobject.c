@@ -627,8 +627,95 @@ ring_arrived(Ring *self, PyObject *object)
 
 /* ---- One short read ---------------------------------------------------------------------- */
 
-/* Waits for what is in the way, and carries out a request that is this call's own. What was given up is the
- * ring's from then on. */
+#define SHORT_BYTES (1 << 20) /* as PIECE of gdsdirect/transfer.py: what is longer is split */
+
+/* What a short read is held to, beside the bounds of each: it is of whole blocks, in their place. */
+struct short_read {
+    Py_ssize_t offset;
+    Py_ssize_t nbytes;
+    Py_ssize_t target;
+    Py_ssize_t alignment;        /* of offset and nbytes */
+    Py_ssize_t memory_alignment; /* of the address */
+    bool fixed;
+};
+
+/* (source, offset, nbytes, target, alignment, memory_alignment, fixed). -1 with an exception. */
+static int
+short_read_get(PyObject *const *args, struct short_read *read)
+{
+    Py_ssize_t *const numbers[] = {&read->offset, &read->nbytes, &read->target, &read->alignment,
+                                   &read->memory_alignment};
+    for (size_t i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++) {
+        *numbers[i] = PyNumber_AsSsize_t(args[i + 1], NULL); /* what is too large is out of range */
+        if (*numbers[i] == -1 && PyErr_Occurred()) {
+            return -1;
+        }
+    }
+    read->fixed = args[6] == Py_True;
+    return 0;
+}
+
+/* Whether one read brings it. */
+static bool
+is_short(const Ring *self, const struct short_read *read)
+{
+    const Py_ssize_t room = self->memory->nbytes;
+    return read->nbytes >= 1 && read->nbytes <= SHORT_BYTES && read->offset >= 0 &&
+           read->offset <= PY_SSIZE_T_MAX - read->nbytes && read->target >= 0 &&
+           read->nbytes <= room && read->target <= room - read->nbytes && read->alignment >= 1 &&
+           read->memory_alignment >= 1 && (read->offset | read->nbytes) % read->alignment == 0 &&
+           ((uintptr_t)self->memory->address + (size_t)read->target) %
+                   (size_t)read->memory_alignment ==
+               0;
+}
+
+/* Whether the file has all of it now: with O_DIRECT the kernel fills the block that the file ends in, also
+ * behind its end. What is closed is told of later. */
+static bool
+is_in_the_file(Source *source, const struct short_read *read)
+{
+    if (!source->is_direct || !gdsdirect_source_acquire(source)) {
+        return true;
+    }
+    const off_t end = lseek(source->fd, 0, SEEK_END);
+    gdsdirect_source_release(source);
+    return end >= read->nbytes && read->offset <= end - read->nbytes;
+}
+
+/* A request of one such read. NULL without an exception: it isn't one. */
+static struct request *
+short_request(Ring *self, PyObject *source, const struct short_read *read)
+{
+    if (!is_short(self, read)) {
+        return NULL;
+    }
+    struct request *request = request_new(1, 1, false);
+    if (request == NULL) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    struct command *command = request->commands;
+    command->position = (uint64_t)read->offset;
+    command->address = (uintptr_t)self->memory->address + (uint64_t)read->target;
+    command->nbytes = (uint32_t)read->nbytes;
+    command->registered = read->fixed
+                              ? check_registered(self, (uint64_t)read->target, command->nbytes)
+                              : NOT_REGISTERED;
+    if (take_sources(self, request, source) < 0 || request->sources[0]->is_nvme ||
+        (read->fixed && command->registered == NOT_REGISTERED) ||
+        !is_in_the_file(request->sources[0], read)) {
+        request_free(request);
+        return NULL;
+    }
+    request->way = way_of_request(request, read->fixed);
+    request->low = command->address;
+    request->high = command->address + command->nbytes;
+    request->owned = true;
+    return request;
+}
+
+/* Waits for what is in the way, and carries out a request that is this call's own. With the lock, which is
+ * taken afterwards. */
 static int
 carry_out_one(Ring *self, struct request *request, int64_t deadline)
 {
@@ -647,57 +734,98 @@ carry_out_one(Ring *self, struct request *request, int64_t deadline)
     return result;
 }
 
-/* _read(source, offset, nbytes, target, fixed, timeout) -> whether one read brought all of it. `timeout` is
- * in seconds, or None. */
-PyObject *
-ring_read(Ring *self, PyObject *const *args, Py_ssize_t nargs)
+/* The exception for a read that failed. Returns NULL. */
+static PyObject *
+raise_read(const Ring *self, int error, PyObject *path)
 {
-    int64_t deadline;
-    if (nargs != 6) {
-        PyErr_SetString(PyExc_TypeError, "_read takes 6 arguments");
-        return NULL;
-    }
-    const int fixed = PyObject_IsTrue(args[4]);
-    if (fixed < 0 || ring_deadline(args[5], &deadline) < 0 || ring_check_caller(self) < 0) {
-        return NULL;
-    }
-    struct request *request = request_new(1, 1, false);
-    if (request == NULL) {
-        return PyErr_NoMemory();
-    }
-    struct command *command = request->commands;
-    if (take_sources(self, request, args[0]) < 0 ||
-        check_file_read(self, command, args[1], args[2], args[3]) < 0) {
-        request_free(request);
-        return NULL;
-    }
-    if (!fixed) {
-        command->registered = NOT_REGISTERED;
-    }
-    request->way = way_of_request(request, fixed);
-    request->low = command->address;
-    request->high = command->address + command->nbytes;
-    request->owned = true;
-    const int result = carry_out_one(self, request, deadline);
-    const bool whole = request->first_short == NO_COMMAND;
-    const int error = result != DONE ? result : request->error;
-    PyObject *path = Py_NewRef(request->sources[0]->path);
-    struct request *freed = disown_locked(self, request);
-    ring_unlock(self);
-    if (freed != NULL) {
-        request_free(freed);
-    }
     if (error == ETIME) {
         PyErr_SetNone(PyExc_TimeoutError);
     }
     else if (error == SOURCE_IS_CLOSED) {
         PyErr_Format(PyExc_ValueError, "%S is closed", path);
     }
-    else if (error != DONE) {
+    else {
         ring_raise(self, error, "io_uring_enter");
     }
-    Py_DECREF(path);
-    return error == DONE ? PyBool_FromLong(whole) : NULL;
+    return NULL;
+}
+
+/* _read(source, offset, nbytes, target, alignment, memory_alignment, fixed, timeout) -> the bytes, if one read
+ * brings them all; None: it is to be done the long way. `timeout` is in seconds, or None. */
+PyObject *
+ring_read(Ring *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    int64_t deadline;
+    struct short_read read;
+    if (nargs != 8) {
+        PyErr_SetString(PyExc_TypeError, "_read takes 8 arguments");
+        return NULL;
+    }
+    if (short_read_get(args, &read) < 0 || ring_deadline(args[7], &deadline) < 0 ||
+        ring_check_caller(self) < 0) {
+        return NULL;
+    }
+    struct request *request = short_request(self, args[0], &read);
+    if (request == NULL) {
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+    }
+    const int result = carry_out_one(self, request, deadline);
+    const bool whole = request->first_short == NO_COMMAND;
+    const int error = result != DONE ? result : request->error;
+    struct request *freed = disown_locked(self, request);
+    ring_unlock(self);
+    PyObject *path = ((Source *)args[0])->path;
+    if (freed != NULL) {
+        request_free(freed);
+    }
+    if (error != DONE) {
+        return raise_read(self, error, path);
+    }
+    return whole ? PyLong_FromSsize_t(read.nbytes) : Py_NewRef(Py_None);
+}
+
+/* _begin(source, offset, nbytes, target, alignment, memory_alignment, fixed) -> as _read, without a wait: the
+ * bytes, if they are there; a Request, if they are on their way; None: it is to be done the long way. */
+PyObject *
+ring_begin(Ring *self, PyObject *const *args, Py_ssize_t nargs)
+{
+    struct short_read read;
+    if (nargs != 7) {
+        PyErr_SetString(PyExc_TypeError, "_begin takes 7 arguments");
+        return NULL;
+    }
+    if (short_read_get(args, &read) < 0 || ring_check_caller(self) < 0) {
+        return NULL;
+    }
+    struct request *request = short_request(self, args[0], &read);
+    if (request == NULL) {
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+    }
+    Ring *busy = request_in_the_way(self->module, request->low, request->high);
+    PyObject *object = request_object(self, request);
+    if (busy != NULL || object == NULL) {
+        Py_XDECREF(busy);
+        Py_XDECREF(object);
+        return busy != NULL ? Py_NewRef(Py_None) : NULL;
+    }
+    ring_lock(self);
+    const int result = request_start_locked(self, request);
+    if (result == DONE) {
+        request_pump_locked(self);
+        ring_reap_locked(self);
+    }
+    const int error = result != DONE ? result : request->error;
+    const bool finished = result == DONE && request->left == 0;
+    const bool whole = request->first_short == NO_COMMAND;
+    ring_unlock(self);
+    if (error == DONE && !finished) {
+        return object;
+    }
+    Py_DECREF(object);
+    if (error != DONE) {
+        return raise_read(self, error, ((Source *)args[0])->path);
+    }
+    return whole ? PyLong_FromSsize_t(read.nbytes) : Py_NewRef(Py_None);
 }
 
 /* ---- Type -------------------------------------------------------------------------------- */

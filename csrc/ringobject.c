@@ -744,6 +744,7 @@ static PyMethodDef ring_methods[] = {
     {"_carry_out", FASTCALL(ring_carry_out), METH_FASTCALL, NULL},
     {"_start", (PyCFunction)ring_start, METH_O, NULL},
     {"_read", FASTCALL(ring_read), METH_FASTCALL, NULL},
+    {"_begin", FASTCALL(ring_begin), METH_FASTCALL, NULL},
     {"_wait_until_free", (PyCFunction)ring_wait_until_free, METH_VARARGS, NULL},
     {"_close_if_idle", (PyCFunction)ring_close_if_idle, METH_NOARGS, NULL},
     {"_counters", (PyCFunction)ring_counters, METH_NOARGS, NULL},

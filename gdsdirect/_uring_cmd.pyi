@@ -241,10 +241,23 @@ class Ring:
         offset: SupportsIndex,
         nbytes: SupportsIndex,
         target: SupportsIndex,
+        alignment: int,
+        memory_alignment: int,
         fixed: bool,
         timeout: float | None,
         /,
-    ) -> bool: ...
+    ) -> int | None: ...
+    def _begin(
+        self,
+        source: Source,
+        offset: SupportsIndex,
+        nbytes: SupportsIndex,
+        target: SupportsIndex,
+        alignment: int,
+        memory_alignment: int,
+        fixed: bool,
+        /,
+    ) -> int | Request | None: ...
     def _wait_until_free(self, address: int, nbytes: int, /) -> None: ...
     def _close_if_idle(self) -> bool: ...
     @property

@@ -16,7 +16,15 @@ from gdsdirect.origin import Origin
 from gdsdirect.plan import Plan, Range
 from gdsdirect.shared_ring import ring_of
 from gdsdirect.supply import GRAIN, OneFile
-from gdsdirect.transfer import ReadResult, Require, Transfer, finish, permitted, to_the_end_async
+from gdsdirect.transfer import (
+    ReadResult,
+    Require,
+    Transfer,
+    finish,
+    permitted,
+    timed_out,
+    to_the_end_async,
+)
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -121,7 +129,12 @@ class File:
         object with `__cuda_stream__`. The copies are then put into that stream, after what is in it
         now, and this returns once all are: `event` of the result tells when the bytes are there.
         """
-        if not isinstance(buffer, GpuMappedBuffer) and is_on_gpu(buffer):
+        if isinstance(buffer, GpuMappedBuffer):
+            if require is None and stream is None and size is not None:
+                result = self._read_shortly(buffer, offset, size, target_offset, timeout)
+                if result is not None:
+                    return result
+        elif is_on_gpu(buffer):
             from gdsdirect import gpu  # which is above this module
 
             _no_timeout(timeout)
@@ -140,6 +153,28 @@ class File:
             transfer = Transfer(self._origin, ring_of(memory), permitted(require))
             return finish(transfer.read(wanted), timeout)
 
+    def _read_shortly(
+        self,
+        buffer: GpuMappedBuffer,
+        offset: int,
+        size: int,
+        target_offset: int,
+        timeout: float | None,
+    ) -> ReadResult | None:
+        """The bytes, where one read brings them without any choice or copy; None: it doesn't."""
+        ring = ring_of(buffer)
+        way = self._origin.short_way(ring)
+        if way is None:
+            return None
+        source, alignment, memory_alignment, fixed, path, why = way
+        try:
+            nbytes = ring._read(
+                source, offset, size, target_offset, alignment, memory_alignment, fixed, timeout
+            )
+        except TimeoutError as error:
+            raise timed_out(error, timeout) from None
+        return None if nbytes is None else ReadResult(nbytes, path, why, 0, {path: nbytes})
+
     async def read_into_async(
         self,
         buffer: Buffer | OnGpu,
@@ -156,7 +191,14 @@ class File:
         """
         import asyncio
 
-        if not isinstance(buffer, GpuMappedBuffer) and is_on_gpu(buffer):
+        if isinstance(buffer, GpuMappedBuffer):
+            if require is None and stream is None and size is not None:
+                ring = ring_of(buffer)
+                way = self._origin.short_way(ring)
+                nbytes = way and await ring.read_shortly(way, offset, size, target_offset)
+                if way is not None and nbytes is not None:
+                    return ReadResult(nbytes, way.path, way.why, 0, {way.path: nbytes})
+        elif is_on_gpu(buffer):
             return await asyncio.to_thread(
                 self.read_into,
                 buffer,

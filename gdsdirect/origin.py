@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gdsdirect.errors import ring_module
 from gdsdirect.extents import Extents, RefusedError
@@ -28,6 +28,17 @@ BEST_FIRST = (
 
 _ALIGNMENT = 4096  # bytes; what O_DIRECT wants of offset, size and address at the most
 DWORD = 4  # bytes; what NVMe wants of an address (PRP entries, Base Specification 2.0, 4.1.1)
+
+
+class ShortWay(NamedTuple):
+    """What one read of whole blocks, in their place, is held to, and what is told of it."""
+
+    source: Source
+    alignment: int
+    memory_alignment: int
+    fixed: bool
+    path: DataPath
+    why: str | None
 
 
 class Origin:
@@ -152,6 +163,19 @@ class Origin:
         return self.source.size()
 
     # ---- Ways
+
+    def short_way(self, ring: SharedRing) -> ShortWay | None:
+        """The way of a read that needs no choice, as a Transfer would choose; or None."""
+        if self.namespace is not None or self.extents is not None or self.unmapped is not None:
+            return None
+        if self.undirected is not None:
+            why: str | None = self.undirected
+            return ShortWay(self.source, 1, 1, ring.registered, DataPath.BUFFERED, why)
+        size = self.alignment
+        if ring.registered:
+            return ShortWay(self.source, size, size, True, DataPath.FILE_FIXED, None)
+        why = ring.unregistered
+        return ShortWay(self.source, size, self.memory_alignment, False, DataPath.FILE_DIRECT, why)
 
     def obstacle(self, way: DataPath, ring: SharedRing) -> str | None:
         """What stands in the way, into the memory of this ring; None: it is open."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from gdsdirect._uring_cmd import Request, Source
+    from gdsdirect.origin import ShortWay
 
 _BOUNCE_SLOTS = 32  # of SLOT bytes; csrc/ring.h has both
 
@@ -81,6 +82,20 @@ class SharedRing(AsyncUringStream):
         wanted = array("I", [count for _, count in parts])
         return self._request(source, *arrays, fixed, skips, wanted)
 
+    async def read_shortly(self, way: ShortWay, offset: int, size: int, target: int) -> int | None:
+        """One read, as `_read` does it, while other tasks run: the bytes, or None."""
+        import asyncio
+
+        begun = self._begin(way.source, offset, size, target, *way[1:4])
+        if begun is None or isinstance(begun, int):
+            return begun
+        try:
+            await self._finish(begun, asyncio.get_running_loop())
+        except BaseException:
+            begun.give_up()
+            raise
+        return None if begun.take() else int(size)
+
     async def carry_out(self, requests: Requests) -> None:
         """Start what isn't started, and wait until all have finished, while other tasks run.
 
@@ -115,12 +130,27 @@ class SharedRing(AsyncUringStream):
             self._end_if_idle(watch)
 
 
+class _Process:
+    """This process, whose number each read needs: asked for once, and once more after a fork."""
+
+    def __init__(self) -> None:
+        self.ask()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.ask)
+
+    def ask(self) -> None:
+        self.number = os.getpid()
+
+
+_process = _Process()
+
+
 def ring_of(buffer: GpuMappedBuffer) -> SharedRing:
     """The buffer's ring, made when it is first asked for.
 
     A forked child has one of its own: the parent's is nothing there.
     """
-    key = os.getpid()
+    key = _process.number
     ring: SharedRing | None = buffer._rings.get(key)
     if ring is None:
         ring = buffer._rings.setdefault(key, SharedRing(buffer))
@@ -131,4 +161,4 @@ def ring_of(buffer: GpuMappedBuffer) -> SharedRing:
 
 def read_once(buffer: GpuMappedBuffer) -> None:
     """Make the ring of new memory so that the first read into it is the fastest."""
-    buffer._rings[os.getpid()] = SharedRing(buffer, once=True)
+    buffer._rings[_process.number] = SharedRing(buffer, once=True)

@@ -10,7 +10,7 @@ import errno
 import time
 from array import array
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from gdsdirect.errors import WayClosedError, completion_error
@@ -44,8 +44,7 @@ T = TypeVar("T")
 Steps = Generator[Requests, None, "ReadResult"]
 
 
-@dataclass(frozen=True)
-class ReadResult:
+class ReadResult(NamedTuple):
     """What a read brought, and the way that it went.
 
     `nbytes` are in the buffer: all that were asked for, or all up to the end of the file. `path` is
@@ -63,7 +62,7 @@ class ReadResult:
     path: DataPath
     why: str | None = None
     bounce_bytes: int = 0
-    ways: Mapping[DataPath, int] = field(default_factory=dict)
+    ways: Mapping[DataPath, int] = MappingProxyType({})
     event: Event | None = None
 
 
@@ -387,12 +386,19 @@ def finish(steps: Steps, timeout: float | None) -> ReadResult:
     try:
         return to_the_end(steps, _deadline(timeout))
     except TimeoutError as error:
-        if error.errno is not None:  # the drive's or the kernel's own
-            raise
-        raise TimeoutError(f"the read did not come back in {timeout} s") from None
+        raise timed_out(error, timeout) from None
+
+
+def timed_out(error: TimeoutError, timeout: float | None) -> TimeoutError:
+    """The error for a read whose time was up; one of the drive's or the kernel's own stays."""
+    if error.errno is not None:
+        return error
+    return TimeoutError(f"the read did not come back in {timeout} s")
 
 
 def _deadline(timeout: float | None) -> int | None:
     if timeout is None:
         return None
-    return time.monotonic_ns() + int(min(max(timeout, 0), _LONGEST) * 1e9)
+    if not timeout >= 0:
+        raise ValueError(f"timeout is {timeout}: give None or seconds from 0 up")
+    return time.monotonic_ns() + int(min(timeout, _LONGEST) * 1e9)
