@@ -1,4 +1,6 @@
 /* Aliases: see alias.h. */
+#include "chaos.h"
+
 #include "alias.h"
 
 #include <errno.h>

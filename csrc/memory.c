@@ -95,10 +95,12 @@ static void
 memory_release(Memory *self)
 {
     atomic_store(&self->exports, CLOSED);
+    CHAOS_POINT();
     if (self->aliases != NULL) {
         alias_release(self->aliases, (uintptr_t)self->address, (size_t)self->nbytes);
         self->aliases = NULL;
     }
+    CHAOS_POINT();
     PyBuffer_Release(&self->exporter);
     Py_CLEAR(self->owner);
 }
@@ -108,6 +110,7 @@ memory_close(Memory *self, PyObject *Py_UNUSED(ignored))
 {
     Py_ssize_t users = 0;
     if (atomic_compare_exchange_strong(&self->exports, &users, CLOSED)) {
+        CHAOS_POINT();
         memory_release(self);
     }
     else if (users != CLOSED) {
@@ -162,7 +165,9 @@ memory_getbuffer(Memory *self, Py_buffer *view, int flags)
             PyErr_SetString(PyExc_ValueError, "the memory is closed");
             return -1;
         }
+        CHAOS_POINT();
     } while (!atomic_compare_exchange_weak(&self->exports, &users, users + 1));
+    CHAOS_POINT();
 
     if (PyBuffer_FillInfo(view, (PyObject *)self, self->address, self->nbytes, 0, flags) < 0) {
         atomic_fetch_sub(&self->exports, 1);
@@ -174,6 +179,7 @@ memory_getbuffer(Memory *self, Py_buffer *view, int flags)
 static void
 memory_releasebuffer(Memory *self, Py_buffer *Py_UNUSED(view))
 {
+    CHAOS_POINT();
     atomic_fetch_sub(&self->exports, 1);
 }
 
@@ -216,6 +222,7 @@ memory_is_open(Memory *self)
         PyErr_SetString(PyExc_ValueError, "the memory is closed");
         return 0;
     }
+    CHAOS_POINT();
     return 1;
 }
 

@@ -8,6 +8,7 @@
 #include "pycompat.h"
 
 #include "alias.h"
+#include "chaos.h"
 
 #include <stdatomic.h>
 #include <stdbool.h>

@@ -23,7 +23,9 @@ gdsdirect_source_acquire(Source *source)
         if (users & SOURCE_CLOSED) {
             return false;
         }
+        CHAOS_POINT();
     } while (!atomic_compare_exchange_weak(&source->users, &users, users + 1));
+    CHAOS_POINT();
     return true;
 }
 
@@ -31,7 +33,9 @@ gdsdirect_source_acquire(Source *source)
 void
 gdsdirect_source_release(Source *source)
 {
+    CHAOS_POINT();
     if (atomic_fetch_sub(&source->users, 1) == (SOURCE_CLOSED | 1)) {
+        CHAOS_POINT();
         close(source->fd);
     }
 }
@@ -43,8 +47,10 @@ source_shut(Source *self)
         return;
     }
     if (atomic_fetch_or(&self->users, SOURCE_CLOSED) == 0) {
+        CHAOS_POINT();
         close(self->fd);
     }
+    CHAOS_POINT();
     struct module_state *module = PyModule_GetState(self->module);
     atomic_fetch_add(&module->closings, 1);
 }
@@ -76,6 +82,7 @@ source_fileno(Source *self, PyObject *Py_UNUSED(ignored))
         PyErr_Format(PyExc_ValueError, "%S is closed", self->path);
         return NULL;
     }
+    CHAOS_POINT();
     return PyLong_FromLong(self->fd);
 }
 
