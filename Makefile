@@ -13,7 +13,7 @@ RUN := $(ENVIRONMENT)/bin/python -P
 SOURCES := pyproject.toml setup.py README.md $(wildcard csrc/*) $(wildcard gdsdirect/* gdsdirect/*/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu sanitize fuzz bench bench-gpu docs lint coverage dist test-wheel wheels packages forget clean
+.PHONY: help demo test test-gpu sanitize fuzz mutants bench bench-gpu docs lint coverage dist test-wheel wheels packages forget clean
 
 help:
 	@echo "make demo                      read along every way there is, in a virtual machine, with proof"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-gpu                  the tests that need a GPU of NVIDIA's [CUPY=cupy-cuda13x]"
 	@echo "make sanitize                  the same tests of the ring under ASan and UBSan, and with debug allocators"
 	@echo "make fuzz FUZZ_SECONDS=60      random commands against the rules, on /dev/null"
+	@echo "make mutants                   break each promise in a copy of the tree: tests must turn red [ONLY=name] [JOBS=2]"
 	@echo "make bench                     time and IOPS beside C loops, other packages and fio [ROUNDS=30]"
 	@echo "make bench-gpu                 a file and a checkpoint into GPU memory beside kvikio, torch and others"
 	@echo "make docs                      the manual, in build/docs"
@@ -73,6 +74,10 @@ sanitize:
 FUZZ_SECONDS ?= 60
 fuzz: $(ENVIRONMENT)/installed
 	$(RUN) tests/fuzz_passthrough.py --seconds $(FUZZ_SECONDS)
+
+JOBS ?= $(shell nproc)
+mutants: $(ENVIRONMENT)/installed
+	$(RUN) tests/mutants.py --jobs $(JOBS) $(ONLY:%=--only %)
 
 ROUNDS ?= 30
 bench: PACKAGES += $(BENCH_PACKAGES)
