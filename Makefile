@@ -13,7 +13,7 @@ RUN := $(ENVIRONMENT)/bin/python -P
 SOURCES := pyproject.toml setup.py README.md $(wildcard csrc/*) $(wildcard gdsdirect/* gdsdirect/*/*)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu sanitize fuzz mutants bench bench-gpu docs lint coverage dist test-wheel wheels packages forget clean
+.PHONY: help demo test test-gpu sanitize fuzz mutants chaos soak bench bench-gpu docs lint coverage dist test-wheel wheels packages forget clean
 
 help:
 	@echo "make demo                      read along every way there is, in a virtual machine, with proof"
@@ -23,6 +23,8 @@ help:
 	@echo "make sanitize                  the same tests of the ring under ASan and UBSan, and with debug allocators"
 	@echo "make fuzz FUZZ_SECONDS=60      random commands against the rules, on /dev/null"
 	@echo "make mutants                   break each promise in a copy of the tree: tests must turn red [ONLY=name] [JOBS=2]"
+	@echo "make chaos SECONDS=60          everything at once from many threads and loops, on a build that shows races"
+	@echo "make soak MINUTES=30           the same in one process, which must not grow"
 	@echo "make bench                     time and IOPS beside C loops, other packages and fio [ROUNDS=30]"
 	@echo "make bench-gpu                 a file and a checkpoint into GPU memory beside kvikio, torch and others"
 	@echo "make docs                      the manual, in build/docs"
@@ -78,6 +80,16 @@ fuzz: $(ENVIRONMENT)/installed
 JOBS ?= $(shell nproc)
 mutants: $(ENVIRONMENT)/installed
 	$(RUN) tests/mutants.py --jobs $(JOBS) $(ONLY:%=--only %)
+
+# Not with -P, which would hide the program's other files.
+SECONDS ?= 60
+chaos:
+	$(MAKE) ENVIRONMENT=.venv-chaos CFLAGS="-O1 -g -DGDSDIRECT_CHAOS" .venv-chaos/installed
+	.venv-chaos/bin/python tests/chaos.py --seconds $(SECONDS)
+
+MINUTES ?= 30
+soak: $(ENVIRONMENT)/installed
+	$(ENVIRONMENT)/bin/python tests/chaos.py --soak $(MINUTES)
 
 ROUNDS ?= 30
 bench: PACKAGES += $(BENCH_PACKAGES)
@@ -160,7 +172,7 @@ forget:
 	rm -rf $(ENVIRONMENT) build *.egg-info
 
 clean: forget
-	rm -rf .venv-sanitize .venv-coverage .venv-dist dist
+	rm -rf .venv-sanitize .venv-chaos .venv-coverage .venv-dist dist
 
 # The wheel, in an environment of its own with the tools that tests need.
 $(ENVIRONMENT)/installed: $(SOURCES) | packages

@@ -42,6 +42,7 @@
  * draws for each, which is as good as one. */
 static _Atomic uint64_t chaos_threads;
 static _Thread_local uint64_t chaos_state; /* 0: this thread has drawn nothing so far */
+static _Thread_local uint64_t chaos_calm;  /* points of which one is slept at */
 
 /* The next of the thread's draws (xorshift64). */
 static inline uint64_t
@@ -52,6 +53,7 @@ chaos_next(void)
         const char *seed = getenv("GDSDIRECT_CHAOS_SEED");
         state = seed != NULL ? strtoull(seed, NULL, 10) << 16 : 0;
         state = ((state + atomic_fetch_add(&chaos_threads, 1)) * UINT64_C(0x9E3779B97F4A7C15)) | 1;
+        chaos_calm = UINT64_C(32) << (state >> 60 & 7);
     }
     state ^= state << 13;
     state ^= state >> 7;
@@ -60,17 +62,19 @@ chaos_next(void)
     return state >> 16;
 }
 
-/* Of 64 times, the thread sleeps for 1 to 200 us once, and yields eight times. */
+/* Of so many points as suits the thread's temper, 32 to 4096, it sleeps for 1 to 200 us at one, and yields
+ * at four. Some threads so are far slower than others. */
 static inline void
 chaos_point(void)
 {
     const int error = errno;
     const uint64_t drawn = chaos_next();
-    if (drawn % 64 == 0) {
-        const long nanoseconds = (long)(1 + (drawn >> 6) % 200) * 1000;
+    const uint64_t place = drawn % chaos_calm;
+    if (place == 0) {
+        const long nanoseconds = (long)(1 + (drawn >> 16) % 200) * 1000;
         nanosleep(&(struct timespec){.tv_nsec = nanoseconds}, NULL);
     }
-    else if (drawn % 64 <= 8) {
+    else if (place <= 4) {
         sched_yield();
     }
     errno = error;

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+_ROOT = Path(__file__).resolve().parent.parent
+_TREE = ("csrc", "gdsdirect", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
+
 REQUIRED = frozenset(filter(None, os.environ.get("GDSDIRECT_REQUIRE", "").split(",")))
 
 _SYSTEM = ":".join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
@@ -75,3 +78,23 @@ def file_system(path: Path) -> str:
     """The name of the file system that `path` is on, as stat(1) has it."""
     command = ["stat", "--file-system", "--format=%T", str(path)]
     return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+
+
+def build_wheel(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Build a wheel of the tree into `folder`/dist, with what is installed here."""
+    source = folder / "source"
+    source.mkdir()
+    for name in _TREE:
+        copy = shutil.copytree if (_ROOT / name).is_dir() else shutil.copy
+        copy(_ROOT / name, source / name)
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps"),
+            *("--no-index", "--wheel-dir", str(folder / "dist"), str(source)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, **environment},
+    )

@@ -7,36 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-TREE = ("csrc", "gdsdirect", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
-
-
-def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Build a wheel of the tree into `folder`/dist, with what is installed here."""
-    source = folder / "source"
-    source.mkdir()
-    for name in TREE:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, source / name)
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps"),
-            *("--no-index", "--wheel-dir", str(folder / "dist"), str(source)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, **environment},
-    )
+from support import build_wheel
 
 
 @pytest.fixture(scope="module")
 def without_ring(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the package as GDSDIRECT_URING_CMD=0 builds it, where there is no liburing."""
     folder = tmp_path_factory.mktemp("without_ring")
-    done = build(folder, GDSDIRECT_URING_CMD="0", PKG_CONFIG_LIBDIR="/nowhere")
+    done = build_wheel(folder, GDSDIRECT_URING_CMD="0", PKG_CONFIG_LIBDIR="/nowhere")
     assert done.returncode == 0, done.stderr
     (wheel,) = (folder / "dist").glob("*.whl")
     shutil.unpack_archive(wheel, folder / "installed", "zip")
@@ -100,7 +78,7 @@ def test_without_the_ring_the_command_line_says_so(without_ring: Path) -> None:
 def test_without_liburing_the_build_names_the_package(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    done = build(tmp_path, **environment)
+    done = build_wheel(tmp_path, **environment)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if "apt-get install liburing-dev" in line]
     assert len(lines) == 1
@@ -109,7 +87,7 @@ def test_without_liburing_the_build_names_the_package(
 
 def test_liburing_can_be_linked_into_it(tmp_path: Path) -> None:
     """And then it is that one which is used, whatever liburing the process has besides."""
-    done = build(tmp_path, GDSDIRECT_STATIC_LIBURING="1")
+    done = build_wheel(tmp_path, GDSDIRECT_STATIC_LIBURING="1")
     assert done.returncode == 0, done.stderr
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     shutil.unpack_archive(wheel, tmp_path / "installed", "zip")
