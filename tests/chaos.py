@@ -321,6 +321,11 @@ class Report:
                 print(f"{seconds:6.1f} s, seed {seed}: {kind}\n{_indented(detail)}", flush=True)
             self.seen.setdefault(kind, Seen(seconds)).seeds.append(seed)
 
+    def end_round(self, turns: Counter[str]) -> None:
+        with self._lock:
+            self.rounds += 1
+            self.turns.update(turns)
+
     def print(self) -> None:
         seconds = time.monotonic() - self.begun
         turns = ", ".join(f"{name} {count}" for name, count in self.turns.most_common())
@@ -361,23 +366,28 @@ def run_round(report: Report, folder: Path, seed: int, options: argparse.Namespa
             process.send_signal(signal.SIGABRT)  # faulthandler tells where it is
             stdout, stderr = process.communicate()
             report.add("the end of a round does not come", seed, stderr)
-    report.rounds += 1
     judge_round(report, seed, process.returncode, stdout, stderr)
 
 
 def judge_round(report: Report, seed: int, status: int, stdout: str, stderr: str) -> None:
     """What a round's output and exit status say."""
     still = ["all, and who looks for it"]  # nobody has the GIL, or gives it back
+    turns: Counter[str] = Counter()
     for line in stdout.splitlines():
-        said = json.loads(line)
+        try:
+            said = json.loads(line)
+        except ValueError:  # it ended in the midst of it
+            report.add("what a round said is cut off", seed, line)
+            continue
         if "kind" in said:
             report.add(said["kind"], seed, said["detail"])
         still = said.get("still", still)
-        report.turns.update(said.get("turns", {}))
+        turns.update(said.get("turns", {}))
+    report.end_round(turns)
     if status < 0:
         report.add(_crash(status, stderr), seed, stderr)
     elif "Timeout (" in stderr:
-        report.add(f"HANG: {'; '.join(still)}", seed, stderr)
+        report.add(f"HANG: {'; '.join(still[:3])}", seed, stderr)
     elif status not in (0, 3) or stderr:
         report.add(f"the round ended with status {status}", seed, stderr)
 
