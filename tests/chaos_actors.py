@@ -350,8 +350,8 @@ class Collector(Actor):
         elif self.world.cases and drawn < 0.85:
             case = self.case()
             _Finalized(None, lambda: self._close_ring(case))
-        elif self.world.streams:
-            _Finalized(None, self.chance.choice(list(self.world.streams)).close)
+        elif (shown := self.shown()) is not None:
+            _Finalized(None, shown.close)
         self.pause(0.01)
 
     @staticmethod
@@ -409,11 +409,9 @@ class Forker(Actor):
             raise WrongError(f"a fork's child {how} in {act.__name__}", said)
 
     def _chosen(self) -> Callable[[], object]:
-        acts = [self._read_own, self._read_shared]
+        acts = [self._read_own, self._read_shared, self._iterate]
         if self.world.cases:
             acts += [self._submit, self._wait, self._close]
-        if self.world.streams:
-            acts.append(self._iterate)
         return self.chance.choice(acts)
 
     def _in_child(self, act: Callable[[], object], tell: int) -> NoReturn:
@@ -427,7 +425,7 @@ class Forker(Actor):
             act()
             os._exit(0)
         except BaseException as error:
-            refused = isinstance(error, RuntimeError) and "fork" in str(error)
+            refused = isinstance(error, RuntimeError) and act != self._read_own
             if refused or (isinstance(error, Exception) and says_closed(error, self.using)):
                 os._exit(0)
             os.write(2, repr(error).encode())
@@ -467,9 +465,8 @@ class Forker(Actor):
 
     def _iterate(self) -> None:
         """A stream that the parent reads: it is refused, or what it has already is right."""
-        shown = self.chance.choice(list(self.world.streams))
-        self.using.append(shown)
-        for chunk in shown.stream:
+        shown = self.shown()
+        for chunk in shown.stream if shown is not None else ():
             self.world.library.compare(
                 bytes(chunk.view), chunk.file, chunk.offset, "a child's chunk"
             )

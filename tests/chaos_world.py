@@ -226,6 +226,13 @@ class Actor:
         self.world.streams.append(shown)
         return shown, course
 
+    def shown(self) -> Shown | None:
+        """A stream that others read, if there is one."""
+        shown = self.chance.choice((*self.world.streams, None))
+        if shown is not None:
+            self.using.append(shown)
+        return shown
+
     def new_case(self) -> Case:
         """A ring for others to use."""
         return Case(self.world.library, self.chance, lambda: self.world.over)
