@@ -21,7 +21,7 @@ MISSING = (
 
 RING_FILES = (
     *("uring_cmd", "ringobject", "requestobject", "submit", "check", "batch", "reap", "carry"),
-    *("sqe", "ring", "handout", "memory", "source", "open", "alias", "ask", "dlpack"),
+    *("sqe", "ring", "handout", "jobs", "memory", "source", "open", "alias", "ask", "dlpack"),
 )
 
 # Symbols are hidden except PyInit. setuptools lets CFLAGS take the place of CPython's own flags, so

@@ -114,6 +114,7 @@ send_locked(Ring *self, struct batch *batches, size_t n, size_t left)
         if (self->table.free_count == 0) {
             ring_reap_locked(self);
         }
+        CHAOS_POINT();
         const size_t room = self->table.free_count;
         if (!inflight_reserve(&self->table, left < room ? left : room)) {
             return NO_MEMORY;
@@ -147,6 +148,7 @@ hold_and_send_locked(Ring *self, struct batch *batches, size_t n, size_t command
     int result = self->state == RING_OPEN ? DONE : STREAM_CLOSED;
     size_t held = 0;
     while (result == DONE && held < n) {
+        CHAOS_POINT();
         struct batch *batch = &batches[held];
         batch->holder = holder_for(&self->table, batch->source, batch->lasting);
         if (batch->holder == NOBODY) {
@@ -198,25 +200,6 @@ raise_unsent(const Ring *self, int result, const struct batch *batches, size_t n
     return -1;
 }
 
-/* Waits until no request that was given up may write to where the batches go. */
-static int
-clear_the_way(Ring *self, const struct batch *batches, size_t n)
-{
-    uint64_t low = UINT64_MAX, high = 0;
-    if (atomic_load(&self->module->given_up.count) == 0) {
-        return DONE;
-    }
-    for (const struct batch *batch = batches; batch < batches + n; batch++) {
-        for (size_t i = 0; i < batch->count; i++) {
-            const struct command *command = &batch->commands[i];
-            const uint64_t end = command->address + command->nbytes;
-            low = command->address < low ? command->address : low;
-            high = end > high ? end : high;
-        }
-    }
-    return ring_clear_the_way(self->module, low, high, NO_DEADLINE);
-}
-
 int
 send_batches(Ring *self, struct batch *batches, size_t n, PyObject *user_data)
 {
@@ -237,7 +220,7 @@ send_batches(Ring *self, struct batch *batches, size_t n, PyObject *user_data)
             return -1;
         }
     }
-    const int blocked = clear_the_way(self, batches, n);
+    const int blocked = ring_clear_the_way_of(self, NO_DEADLINE);
     if (blocked != DONE) {
         return raise_unsent(self, blocked, batches, n);
     }

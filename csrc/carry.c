@@ -62,13 +62,21 @@ strike_off(struct request *request)
     pthread_mutex_unlock(&given_up->lock);
 }
 
+static bool
+may_write(const struct request *given_up, uint64_t low, uint64_t high)
+{
+    const Memory *memory = ring_of(given_up)->memory;
+    const uint64_t start = (uintptr_t)memory->address;
+    return given_up->bounces == NULL && low < start + (uint64_t)memory->nbytes && start < high;
+}
+
 /* The first that was given up, of `ring` if that isn't NULL, and may write to these addresses. */
 static struct request *
 find_locked(struct given_up *given_up, const Ring *ring, uint64_t low, uint64_t high)
 {
     struct request *request = given_up->first;
-    while (request != NULL && ((ring != NULL && ring_of(request) != ring) || low >= request->high ||
-                               request->low >= high)) {
+    while (request != NULL &&
+           ((ring != NULL && ring_of(request) != ring) || !may_write(request, low, high))) {
         request = request->next_lost;
     }
     return request;
@@ -87,6 +95,13 @@ request_in_the_way(struct module_state *module, uint64_t low, uint64_t high)
     Ring *ring = found != NULL ? (Ring *)Py_NewRef(found->ring) : NULL;
     pthread_mutex_unlock(&given_up->lock);
     return ring;
+}
+
+Ring *
+request_in_the_way_of(Ring *self)
+{
+    const uint64_t start = (uintptr_t)self->memory->address;
+    return request_in_the_way(self->module, start, start + (uint64_t)self->memory->nbytes);
 }
 
 bool
@@ -164,6 +179,17 @@ queue_remove_locked(Ring *self, struct request *request)
 
 /* ---- The end ----------------------------------------------------------------------------- */
 
+void
+request_tell_locked(struct request *request)
+{
+    if (request->watch != NULL && !request->told) {
+        request->told = true;
+        request->next = request->watch->finished;
+        request->watch->finished = request;
+        watch_tell(request->watch);
+    }
+}
+
 static void
 finish_locked(Ring *self, struct request *request)
 {
@@ -171,20 +197,21 @@ finish_locked(Ring *self, struct request *request)
         holder_drop(&self->table, request->holders[i], 1);
     }
     self->requests--;
+    CHAOS_POINT();
     ring_wake_locked(self, request);
     if (request->given_up && request->ring != NULL) {
         strike_off(request);
         request->ring = NULL;
         self->unowned++;
+        CHAOS_POINT();
         ring_wake_locked(self, NULL);
         ring_tell_watches_locked(self);
     }
-    if (request->watch != NULL) {
-        request->next = request->watch->finished;
-        request->watch->finished = request;
-        watch_tell(request->watch);
+    if (request->lent != NULL) {
+        gdsdirect_memory_release(request->lent);
     }
-    else if (!request->owned) {
+    request_tell_locked(request);
+    if (!request->owned) {
         request->next = self->to_free;
         self->to_free = request;
     }
@@ -197,6 +224,7 @@ cut_off_locked(Ring *self, struct request *request)
     if (request->queued) {
         queue_remove_locked(self, request);
     }
+    CHAOS_POINT();
     request->left -= request->count - request->sent;
     request->count = request->sent;
     if (request->left == 0) {
@@ -214,16 +242,19 @@ fail_locked(Ring *self, struct request *request, int error)
 void
 request_give_up_locked(Ring *self, struct request *request)
 {
-    if (!request->started || request->given_up || request->left == 0) {
+    if (request->given_up || (request->started && request->left == 0)) {
         return;
     }
     request->given_up = true;
+    if (!request->started) {
+        request->started = true;
+        request->count = request->left = 0;
+        return;
+    }
+    CHAOS_POINT();
     cut_off_locked(self, request);
     if (request->left > 0) {
         request->ring = Py_NewRef((PyObject *)self);
-        if (request->bounces != NULL) {
-            request->low = request->high = 0;
-        }
         enlist(request);
     }
 }
@@ -239,16 +270,12 @@ request_adopt_locked(Ring *self)
         .started = true,
         .owned = true,
         .first_short = NO_COMMAND,
-        .low = UINT64_MAX,
     };
     for (uint32_t i = 0; i < self->table.depth; i++) {
         struct slot *slot = &self->table.slots[i];
         if (slot_is_taken(slot)) {
-            const uint64_t end = slot->address + slot->nbytes;
             slot->request = request;
             request->left++;
-            request->low = slot->address < request->low ? slot->address : request->low;
-            request->high = end > request->high ? end : request->high;
         }
     }
     request->count = request->sent = request->left;
@@ -261,7 +288,8 @@ request_adopt_locked(Ring *self)
 int
 request_start_locked(Ring *self, struct request *request)
 {
-    if (self->state != RING_OPEN) {
+    if (self->state != RING_OPEN ||
+        (request->lent != NULL && !gdsdirect_memory_acquire(request->lent))) {
         return STREAM_CLOSED;
     }
     for (size_t i = 0; i < request->source_count; i++) {
@@ -271,9 +299,13 @@ request_start_locked(Ring *self, struct request *request)
             while (i > 0) {
                 holder_drop(&self->table, request->holders[--i], 1);
             }
+            if (request->lent != NULL) {
+                gdsdirect_memory_release(request->lent);
+            }
             return closed ? SOURCE_IS_CLOSED : NO_MEMORY;
         }
     }
+    CHAOS_POINT();
     request->started = true;
     self->requests++;
     if (request->left > 0) {
@@ -409,6 +441,7 @@ request_pump_locked(Ring *self)
         prepared = true;
     }
     if (prepared) {
+        CHAOS_POINT();
         result = ring_enter_locked(self);
     }
     if (result == 0) {
@@ -416,6 +449,7 @@ request_pump_locked(Ring *self)
     }
     struct slot *slot;
     while ((slot = ring_unconsumed_locked(self)) != NULL) {
+        CHAOS_POINT();
         take_back_locked(self, slot);
     }
     /* No memory for a request now: a completion gives some back, and looks here again. */
@@ -455,6 +489,7 @@ request_land_locked(Ring *self, struct slot *slot, int32_t res)
     counters->nbytes += nbytes;
     counters->completed += nbytes == expected;
     counters->failed += nbytes != expected;
+    CHAOS_POINT();
     if (request->bounces != NULL) {
         copy_wanted_locked(self, request, slot, nbytes);
     }

@@ -15,6 +15,9 @@ int request_start_locked(Ring *self, struct request *request);
 /* Nobody waits for it any more. With the GIL held. */
 void request_give_up_locked(Ring *self, struct request *request);
 
+/* Has the event loop that waits for it look at it. */
+void request_tell_locked(struct request *request);
+
 /* The ring's user leaves it with commands in flight: they are a request from now on, and given up. With the
  * GIL held. */
 void request_adopt_locked(Ring *self);
@@ -32,6 +35,9 @@ void request_lend_bounce_locked(Ring *self, Memory **memory, Py_buffer *export);
 /* A ring, as a new reference, that has a request which was given up and may write to these addresses; or
  * NULL. With the GIL held. */
 Ring *request_in_the_way(struct module_state *module, uint64_t low, uint64_t high);
+
+/* The same for all of a ring's memory. */
+Ring *request_in_the_way_of(Ring *self);
 
 /* Whether this ring has one. */
 bool request_is_in_the_way_locked(const Ring *self, uint64_t low, uint64_t high);

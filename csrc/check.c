@@ -424,7 +424,6 @@ check_request(const Ring *self, struct request *request, const struct read_array
     struct bounds bounds;
     const Source *source = request->source_count > 0 ? request->sources[0] : NULL;
     const bool is_nvme = source != NULL && source->is_nvme;
-    request->low = UINT64_MAX;
     if (is_nvme) {
         if (check_format(source) < 0) {
             return -1;
@@ -439,11 +438,6 @@ check_request(const Ring *self, struct request *request, const struct read_array
         if (failed) {
             return -1;
         }
-        const uint64_t low = request->commands[i].address;
-        const uint64_t high =
-            low + (wanted == NULL ? request->commands[i].nbytes : request->bounces[i].wanted);
-        request->low = low < request->low ? low : request->low;
-        request->high = high > request->high ? high : request->high;
     }
     return 0;
 }

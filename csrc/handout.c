@@ -10,6 +10,7 @@
 #include "handout.h"
 
 #include <structmember.h>
+#include <unistd.h>
 
 /* ---- Turn -------------------------------------------------------------------------------- */
 
@@ -18,11 +19,29 @@
 struct turn {
     PyThread_type_lock lock;
     _Atomic unsigned long owner;
+    pid_t process;
 };
+
+/* In a fork's child a thread of the parent's may have it, which isn't there: the child has a lock anew. -1
+ * with MemoryError. */
+static int
+turn_begin_anew(struct turn *turn)
+{
+    PyThread_type_lock lock = PyThread_allocate_lock();
+    if (lock == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    turn->lock = lock;
+    turn->process = getpid();
+    atomic_store(&turn->owner, 0);
+    return 0;
+}
 
 static int
 turn_init(struct turn *turn)
 {
+    turn->process = getpid();
     turn->lock = PyThread_allocate_lock();
     if (turn->lock == NULL) {
         PyErr_NoMemory();
@@ -45,6 +64,12 @@ turn_take(struct turn *turn)
 {
     const unsigned long self = PyThread_get_thread_ident();
     PyLockStatus status = PyThread_acquire_lock_timed(turn->lock, 0, 0);
+    if (status != PY_LOCK_ACQUIRED && turn->process != getpid()) {
+        if (turn_begin_anew(turn) < 0) {
+            return -1;
+        }
+        status = PyThread_acquire_lock_timed(turn->lock, 0, 0);
+    }
     if (status != PY_LOCK_ACQUIRED && atomic_load(&turn->owner) == self) {
         return 0;
     }
@@ -503,13 +528,23 @@ slots_length(const Slots *self)
     return self->count;
 }
 
+static int
+slot_traverse(Slot *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->slots);
+    return 0;
+}
+
 /* The slot is free again. */
 static void
 slot_dealloc(Slot *self)
 {
     PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
     Slots *slots = self->slots;
     if (slots != NULL) {
+        CHAOS_POINT();
         pthread_mutex_lock(&slots->lock);
         slots->offsets[slots->free++] = self->offset;
         pthread_mutex_unlock(&slots->lock);
@@ -567,6 +602,7 @@ static PyType_Slot slots_slots[] = {
 
 static PyType_Slot slot_slots[] = {
     {Py_tp_dealloc, slot_dealloc},
+    {Py_tp_traverse, slot_traverse},
     {Py_tp_members, slot_members},
     {0, NULL},
 };
@@ -581,7 +617,8 @@ PyType_Spec gdsdirect_slots_spec = {
 PyType_Spec gdsdirect_slot_spec = {
     .name = "gdsdirect._uring_cmd.Slot",
     .basicsize = sizeof(Slot),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE |
+             Py_TPFLAGS_DISALLOW_INSTANTIATION,
     .slots = slot_slots,
 };
 

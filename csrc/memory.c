@@ -115,7 +115,8 @@ memory_close(Memory *self, PyObject *Py_UNUSED(ignored))
     }
     else if (users != CLOSED) {
         PyErr_Format(PyExc_BufferError,
-                     "memory at %p is in use by %zd streams or views: close or release them first",
+                     "memory at %p is in use by %zd streams, views or reads in flight: close, "
+                     "release or wait for them first",
                      self->address, users);
         return NULL;
     }
@@ -155,20 +156,33 @@ memory_dealloc(Memory *self)
 
 /* ---- Buffer protocol --------------------------------------------------------------------- */
 
-static int
-memory_getbuffer(Memory *self, Py_buffer *view, int flags)
+bool
+gdsdirect_memory_acquire(Memory *self)
 {
     Py_ssize_t users = atomic_load(&self->exports);
     do {
-        if (users == CLOSED) {
-            view->obj = NULL;
-            PyErr_SetString(PyExc_ValueError, "the memory is closed");
-            return -1;
-        }
         CHAOS_POINT();
+        if (users == CLOSED) {
+            return false;
+        }
     } while (!atomic_compare_exchange_weak(&self->exports, &users, users + 1));
-    CHAOS_POINT();
+    return true;
+}
 
+void
+gdsdirect_memory_release(Memory *self)
+{
+    atomic_fetch_sub(&self->exports, 1);
+}
+
+static int
+memory_getbuffer(Memory *self, Py_buffer *view, int flags)
+{
+    if (!gdsdirect_memory_acquire(self)) {
+        view->obj = NULL;
+        PyErr_SetString(PyExc_ValueError, "the memory is closed");
+        return -1;
+    }
     if (PyBuffer_FillInfo(view, (PyObject *)self, self->address, self->nbytes, 0, flags) < 0) {
         atomic_fetch_sub(&self->exports, 1);
         return -1;

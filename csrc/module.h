@@ -36,6 +36,22 @@ struct idle_rings {
     struct io_uring *rings; /* IDLE_RINGS of them; NULL: none yet */
 };
 
+/* The threads that do jobs, and what they are to do: see jobs.h. */
+struct workers {
+    pthread_mutex_t lock;
+    pthread_cond_t work; /* there is more to do */
+    pthread_cond_t done; /* a job, or a thread, has ended */
+    pid_t process;
+    struct job *first;
+    struct job *last;
+    unsigned count;
+    unsigned idle;
+    bool ending;
+};
+
+void gdsdirect_workers_init(struct workers *workers);
+void gdsdirect_workers_end(struct workers *workers);
+
 struct module_state {
     PyTypeObject *memory_type;
     PyTypeObject *source_type;
@@ -45,12 +61,14 @@ struct module_state {
     PyTypeObject *then_type;
     PyTypeObject *slots_type;
     PyTypeObject *slot_type;
+    PyTypeObject *job_type;
     PyObject *source_name;     /* "_source": where a Namespace keeps its Source */
     PyObject *name_name;       /* "name" */
     _Atomic uint32_t closings; /* sources closed so far: rings then look which of theirs are */
     struct aliases aliases;
     struct given_up given_up;
     struct idle_rings idle;
+    struct workers workers;
 };
 
 extern struct PyModuleDef gdsdirect_uring_cmd_module;
@@ -70,6 +88,11 @@ typedef struct {
     bool exposed;            /* something else is at some of them */
     _Atomic Py_ssize_t exports; /* -1: closed */
 } Memory;
+
+/* Between acquire and release it isn't closed: a read is in flight. False: it is closed already. Neither runs
+ * Python code, so both may be called under a ring's lock. */
+bool gdsdirect_memory_acquire(Memory *memory);
+void gdsdirect_memory_release(Memory *memory);
 
 /* Source: an open file, and for an NVMe namespace the bounds that its commands are held to. */
 typedef struct {

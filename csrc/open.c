@@ -7,7 +7,7 @@
  * kernel's workers look several up at a time. Plain descriptors, and not entries of the ring's file
  * table, since only those can be asked what they are.
  */
-#include "module.h"
+#include "jobs.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -79,36 +79,79 @@ examine(struct opening *each, int flags)
     each->size = info.st_size;
 }
 
+/* The opening of many files. */
+struct opens {
+    PyObject *module;
+    PyObject *paths;   /* a tuple of str */
+    PyObject *encoded; /* of bytes, as the file system has them */
+    struct opening *openings;
+    size_t count;
+    int flags;
+    int failed; /* errno of the ring's own */
+};
+
+static void
+opens_run(void *data)
+{
+    struct opens *self = data;
+    self->failed = open_all(self->openings, self->count, self->flags);
+    for (size_t i = 0; i < self->count && !self->failed; i++) {
+        examine(&self->openings[i], self->flags);
+    }
+}
+
 /* (path, Source, size); (path, None, 0) for what is not open. */
 static PyObject *
-opened_source(PyTypeObject *type, struct opening *each, PyObject *path, int flags)
+opened_source(PyTypeObject *type, const struct opening *each, PyObject *path, int flags)
 {
     if (each->fd < 0) {
         return Py_BuildValue("(OOi)", path, Py_None, 0);
     }
-    Source *source = gdsdirect_source_own_fd(type, each->fd, flags, path);
-    if (source == NULL) {
-        return NULL;
-    }
-    each->fd = -1;
-    return Py_BuildValue("(ONL)", path, (PyObject *)source, (long long)each->size);
+    PyObject *source = (PyObject *)gdsdirect_source_own_fd(type, each->fd, flags, path);
+    return source ? Py_BuildValue("(ONL)", path, source, (long long)each->size) : NULL;
 }
 
+/* The sources have the descriptors from then on: it can be asked for once. */
 static PyObject *
-list_of_sources(PyTypeObject *type, struct opening *openings, PyObject *paths, int flags)
+opens_result(void *data)
 {
-    const Py_ssize_t n = PyTuple_GET_SIZE(paths);
-    PyObject *list = PyList_New(n);
-    for (Py_ssize_t i = 0; list != NULL && i < n; i++) {
-        PyObject *item = opened_source(type, &openings[i], PyTuple_GET_ITEM(paths, i), flags);
+    struct opens *self = data;
+    struct module_state *state = PyModule_GetState(self->module);
+    if (self->failed) {
+        errno = self->failed;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    PyObject *list = PyList_New((Py_ssize_t)self->count);
+    for (size_t i = 0; list != NULL && i < self->count; i++) {
+        PyObject *item = opened_source(state->source_type, &self->openings[i],
+                                       PyTuple_GET_ITEM(self->paths, (Py_ssize_t)i), self->flags);
         if (item == NULL) {
             Py_CLEAR(list);
             break;
         }
-        PyList_SET_ITEM(list, i, item);
+        self->openings[i].fd = -1;
+        PyList_SET_ITEM(list, (Py_ssize_t)i, item);
     }
     return list;
 }
+
+static void
+opens_clear(void *data)
+{
+    struct opens *self = data;
+    for (size_t i = 0; self->openings != NULL && i < self->count; i++) {
+        if (self->openings[i].fd >= 0) {
+            close(self->openings[i].fd);
+        }
+    }
+    PyMem_Free(self->openings);
+    Py_XDECREF(self->encoded);
+    Py_XDECREF(self->paths);
+    Py_XDECREF(self->module);
+    PyMem_Free(self);
+}
+
+static const struct job_kind opens_kind = {opens_run, opens_result, opens_clear};
 
 /* The paths as the file system has them, whose bytes live as long as the tuple that is returned. */
 static PyObject *
@@ -128,53 +171,35 @@ encode_paths(PyObject *paths, struct opening *openings)
     return encoded;
 }
 
-/* open_sources(paths, flags) -> for each path (path, Source, size); (path, None, 0) where it can't be opened,
- * or is no regular file. `flags` are those of open(2). */
+/* open_sources(paths, flags) -> a Job, whose result has for each path (path, Source, size); (path, None, 0)
+ * where it can't be opened, or is no regular file. `flags` are those of open(2). */
 PyObject *
 gdsdirect_open_sources(PyObject *module, PyObject *args)
 {
-    struct module_state *state = PyModule_GetState(module);
-    PyObject *given, *list = NULL, *encoded = NULL;
-    int flags, failed;
+    PyObject *given;
+    int flags;
     if (!PyArg_ParseTuple(args, "Oi:open_sources", &given, &flags)) {
         return NULL;
     }
-    PyObject *paths = PySequence_Tuple(given);
-    if (paths == NULL) {
+    struct opens *self = PyMem_Calloc(1, sizeof(*self));
+    if (self == NULL) {
+        return PyErr_NoMemory();
+    }
+    self->module = Py_NewRef(module);
+    self->flags = flags;
+    self->paths = PySequence_Tuple(given);
+    const size_t n = self->paths != NULL ? (size_t)PyTuple_GET_SIZE(self->paths) : 0;
+    self->openings = PyMem_Calloc(n + 1, sizeof(*self->openings));
+    if (self->paths == NULL || self->openings == NULL ||
+        (self->encoded = encode_paths(self->paths, self->openings)) == NULL) {
+        if (!PyErr_Occurred()) {
+            PyErr_NoMemory();
+        }
+        opens_clear(self);
         return NULL;
     }
-    const size_t n = (size_t)PyTuple_GET_SIZE(paths);
-    struct opening *openings = PyMem_Calloc(n, sizeof(*openings));
-    if (openings == NULL) {
-        PyErr_NoMemory();
-        goto done;
-    }
-    encoded = encode_paths(paths, openings);
-    if (encoded == NULL) {
-        goto done;
-    }
-    Py_BEGIN_ALLOW_THREADS
-    failed = open_all(openings, n, flags);
-    for (size_t i = 0; i < n && !failed; i++) {
-        examine(&openings[i], flags);
-    }
-    Py_END_ALLOW_THREADS
-    if (failed) {
-        errno = failed;
-        PyErr_SetFromErrno(PyExc_OSError);
-        goto done;
-    }
-    list = list_of_sources(state->source_type, openings, paths, flags);
-    for (size_t i = 0; i < n && list == NULL; i++) {
-        if (openings[i].fd >= 0) {
-            close(openings[i].fd);
-        }
-    }
-done:
-    Py_XDECREF(encoded);
-    PyMem_Free(openings);
-    Py_DECREF(paths);
-    return list;
+    self->count = n; /* from here on all have their descriptor, or -1 */
+    return gdsdirect_job(module, &opens_kind, self);
 }
 
 /* ---- read_sources ------------------------------------------------------------------------- */
@@ -232,15 +257,78 @@ fill_wholes(PyTypeObject *type, struct whole *wholes, PyObject *sources, PyObjec
     return 0;
 }
 
-/* read_sources(memory, sources, sizes, targets) -> for each the bytes read from its start, or -errno. For
- * files in the page cache, from which the calling thread copies: no ring makes that faster, and without the
- * GIL several threads do it at a time. The tuple keeps the sources, whose descriptors nobody else closes. */
+/* The copying of many files. */
+struct copies {
+    PyObject *sources; /* a tuple, which keeps their descriptors */
+    Py_buffer memory;
+    struct whole *wholes;
+    size_t count;
+    size_t held; /* of the sources, the first so many are held open */
+};
+
+static void
+copies_run(void *data)
+{
+    struct copies *self = data;
+    for (size_t i = 0; i < self->count; i++) {
+        read_whole(&self->wholes[i]);
+    }
+}
+
+static PyObject *
+copies_result(void *data)
+{
+    const struct copies *self = data;
+    PyObject *list = PyList_New((Py_ssize_t)self->count);
+    for (size_t i = 0; list != NULL && i < self->count; i++) {
+        PyObject *result = PyLong_FromLongLong(self->wholes[i].result);
+        if (result == NULL) {
+            Py_CLEAR(list);
+            break;
+        }
+        PyList_SET_ITEM(list, (Py_ssize_t)i, result);
+    }
+    return list;
+}
+
+static void
+copies_clear(void *data)
+{
+    struct copies *self = data;
+    for (size_t i = 0; i < self->held; i++) {
+        gdsdirect_source_release((Source *)PyTuple_GET_ITEM(self->sources, (Py_ssize_t)i));
+    }
+    PyMem_Free(self->wholes);
+    Py_XDECREF(self->sources);
+    PyBuffer_Release(&self->memory);
+    PyMem_Free(self);
+}
+
+static const struct job_kind copies_kind = {copies_run, copies_result, copies_clear};
+
+/* Keeps their descriptors open. -1 with ValueError for one that is closed. */
+static int
+hold_all(struct copies *self)
+{
+    while (self->held < self->count) {
+        Source *source = (Source *)PyTuple_GET_ITEM(self->sources, (Py_ssize_t)self->held);
+        if (!gdsdirect_source_acquire(source)) {
+            PyErr_Format(PyExc_ValueError, "%S is closed", source->path);
+            return -1;
+        }
+        self->held++;
+    }
+    return 0;
+}
+
+/* read_sources(memory, sources, sizes, targets) -> a Job, whose result has for each the bytes read from its
+ * start, or -errno. For files in the page cache, from which a thread copies: no ring makes that faster, and
+ * several threads do it at a time. */
 PyObject *
 gdsdirect_read_sources(PyObject *module, PyObject *args)
 {
     struct module_state *state = PyModule_GetState(module);
-    PyObject *given, *sources, *sizes, *targets, *list = NULL;
-    Py_buffer memory;
+    PyObject *given, *sources, *sizes, *targets;
     if (!PyArg_ParseTuple(args, "OO!O!O!:read_sources", &given, &PyTuple_Type, &sources,
                           &PyTuple_Type, &sizes, &PyTuple_Type, &targets)) {
         return NULL;
@@ -249,30 +337,23 @@ gdsdirect_read_sources(PyObject *module, PyObject *args)
     if (PyTuple_GET_SIZE(sizes) != n || PyTuple_GET_SIZE(targets) != n) {
         return PyErr_Format(PyExc_ValueError, "give as many sources, sizes and targets");
     }
-    if (PyObject_GetBuffer(given, &memory, PyBUF_WRITABLE) < 0) {
-        return NULL;
+    struct copies *self = PyMem_Calloc(1, sizeof(*self));
+    if (self == NULL) {
+        return PyErr_NoMemory();
     }
-    struct whole *wholes = PyMem_Calloc((size_t)n, sizeof(*wholes));
-    if (wholes == NULL) {
+    self->sources = Py_NewRef(sources);
+    self->wholes = PyMem_Calloc((size_t)n + 1, sizeof(*self->wholes));
+    if (self->wholes == NULL) {
         PyErr_NoMemory();
     }
-    else if (fill_wholes(state->source_type, wholes, sources, sizes, targets, &memory) == 0) {
-        Py_BEGIN_ALLOW_THREADS
-        for (Py_ssize_t i = 0; i < n; i++) {
-            read_whole(&wholes[i]);
+    else if (PyObject_GetBuffer(given, &self->memory, PyBUF_WRITABLE) == 0 &&
+             fill_wholes(state->source_type, self->wholes, sources, sizes, targets,
+                         &self->memory) == 0) {
+        self->count = (size_t)n;
+        if (hold_all(self) == 0) {
+            return gdsdirect_job(module, &copies_kind, self);
         }
-        Py_END_ALLOW_THREADS
-        list = PyList_New(n);
     }
-    for (Py_ssize_t i = 0; list != NULL && i < n; i++) {
-        PyObject *result = PyLong_FromLongLong(wholes[i].result);
-        if (result == NULL) {
-            Py_CLEAR(list);
-            break;
-        }
-        PyList_SET_ITEM(list, i, result);
-    }
-    PyMem_Free(wholes);
-    PyBuffer_Release(&memory);
-    return list;
+    copies_clear(self);
+    return NULL;
 }

@@ -28,6 +28,22 @@
 #define PyLong_AsInt _PyLong_AsInt
 #endif
 
+/* What a weak reference is of, as a new reference; NULL without an exception: it is gone. */
+static inline PyObject *
+compat_weakref_get(PyObject *weak)
+{
+    PyObject *object = NULL;
+#if PY_VERSION_HEX >= 0x030D0000
+    if (PyWeakref_GetRef(weak, &object) < 0) {
+        PyErr_Clear();
+    }
+#else
+    object = PyWeakref_GetObject(weak);
+    object = object == Py_None ? NULL : Py_XNewRef(object);
+#endif
+    return object;
+}
+
 /* Adds a note (PEP 678) to the exception that is set. */
 static inline void
 compat_add_note(PyObject *note)

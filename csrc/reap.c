@@ -99,7 +99,9 @@ ring_reap_locked(Ring *self)
     if (seen == 0) {
         return;
     }
+    CHAOS_POINT();
     io_uring_cq_advance(&self->ring, seen);
+    CHAOS_POINT();
     self->arrival_consumed = true;
     if (self->table.ready > ready) {
         ring_wake_locked(self, NULL);
@@ -192,6 +194,7 @@ follow_locked(Ring *self, const struct request *request, int64_t deadline, bool 
     if (self->leader_awaits > 1 && !self->leader_called) {
         ring_call_leader_locked(self);
     }
+    CHAOS_POINT();
     self->followers = &here;
     pthread_mutex_unlock(&self->lock);
     *interrupted = ring_follow(&here, end_of_slice(deadline));
@@ -231,6 +234,7 @@ ring_wait_locked(Ring *self, unsigned awaits, int64_t deadline)
     Py_END_ALLOW_THREADS
 
     /* Handlers run Python code, which may use this very ring: not under its lock. */
+    CHAOS_POINT();
     int raised = PyErr_CheckSignals();
     ring_lock(self);
     return raised < 0 ? RAISED : result;
@@ -280,6 +284,7 @@ ring_finish_locked(Ring *self, const struct request *request, int64_t deadline)
         result = drive_locked(self, request, deadline, &look);
         pthread_mutex_unlock(&self->lock); /* others need not wait until this thread has the GIL */
         Py_END_ALLOW_THREADS
+        CHAOS_POINT();
         const int raised = look ? PyErr_CheckSignals() : 0;
         ring_lock(self);
         if (!look || raised < 0) {
@@ -296,6 +301,7 @@ ring_clear_the_way(struct module_state *module, uint64_t low, uint64_t high, int
     int result = DONE;
     Ring *ring;
     while (result == DONE && (ring = request_in_the_way(module, low, high)) != NULL) {
+        CHAOS_POINT();
         ring_lock(ring);
         ring_reap_locked(ring);
         while (result == DONE && request_is_in_the_way_locked(ring, low, high)) {
@@ -306,6 +312,14 @@ ring_clear_the_way(struct module_state *module, uint64_t low, uint64_t high, int
         Py_DECREF(ring);
     }
     return result;
+}
+
+int
+ring_clear_the_way_of(Ring *self, int64_t deadline)
+{
+    const uint64_t start = (uintptr_t)self->memory->address;
+    return ring_clear_the_way(self->module, start, start + (uint64_t)self->memory->nbytes,
+                              deadline);
 }
 
 void
@@ -446,7 +460,9 @@ take_ready(Ring *self, PyObject *make, size_t most)
     self->table.on_the_way += count;
     ring_unlock(self);
 
+    CHAOS_POINT();
     PyObject *list = list_of_completions(self, make, taken, count);
+    CHAOS_POINT();
     ring_lock(self);
     settle_taken_locked(self, taken, count, list != NULL);
     ring_unlock(self);

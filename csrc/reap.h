@@ -28,6 +28,9 @@ int ring_finish_locked(Ring *self, const struct request *request, int64_t deadli
  * ring_finish_locked. With the GIL held, and no lock. */
 int ring_clear_the_way(struct module_state *module, uint64_t low, uint64_t high, int64_t deadline);
 
+/* The same for all of a ring's memory. */
+int ring_clear_the_way_of(Ring *self, int64_t deadline);
+
 /* Takes in what has come of requests that were given up, whichever ring they are of. */
 void ring_collect_given_up(struct module_state *module);
 

@@ -3,7 +3,8 @@
  *
  *   MADE ──start──► QUEUED ──last command sent──► FLYING ──last one back──► FINISHED
  *                      │                             │                        ▲
- *                      └─────────give up, or an error of sending──────────────┘
+ *    │                 └─────────give up, or an error of sending──────────────┤
+ *    └──────────────────────────────────give up───────────────────────────────┘
  *
  * A request that is made is its maker's alone, and may be freed. From its start to its finish it is the
  * ring's: each of its transitions is one step under the ring's lock, and none of them can fail half
@@ -11,9 +12,9 @@
  *
  * Given up means that nobody waits for it any more. What it had not sent is not sent; what the kernel
  * has stays in flight, and may write into the memory. So a request that was given up keeps its ring, and
- * with it the memory, and is in the module's list of such (`struct given_up`), by the addresses
- * that it may write to: whoever reads into these next, by whatever ring, waits until it has finished.
- * Reads into bounce slots are not among them: what they bring is not copied any more.
+ * with it the memory, and is in the module's list of such (`struct given_up`): whoever reads into that
+ * memory next, by whatever ring, waits until it has finished. Reads into bounce slots are in nobody's way:
+ * what they bring is not copied any more.
  *
  * carry.c has the transitions.
  */
@@ -37,18 +38,19 @@ struct request {
     PyObject *ring;            /* of one that was given up: a reference */
     struct command *commands;  /* of bounced ones `address` is where the wanted bytes go */
     struct bounce *bounces;    /* NULL: straight into their place */
-    Source **sources;          /* a reference for each command, or one for all */
-    uint32_t *holders;         /* the same, in the ring's table, once it is started */
+    Memory *lent; /* the memory as its user has it: a reference, and in use while it is started */
+    Source **sources;  /* a reference for each command, or one for all */
+    uint32_t *holders; /* the same, in the ring's table, once it is started */
     size_t source_count;
     size_t count; /* commands, but for those that were cut off */
     size_t sent;
     size_t left;        /* not back yet */
     size_t first_short; /* of those that were not whole: see request_short */
-    uint64_t low, high; /* addresses that it writes to, from `low` to before `high` */
     enum way way;
     int error;     /* errno of the submission that failed, or a code of ring.h; 0: none did */
     bool started;  /* it is the ring's, or was */
     bool queued;   /* it is in the ring's queue */
+    bool told;     /* it is in its watch's list, to have its futures set */
     bool given_up; /* nobody waits for it */
     bool owned;    /* a Request of Python's has it, and frees it */
     PyObject
@@ -92,6 +94,7 @@ request_free(struct request *request)
         Py_XDECREF(request->sources[i]);
     }
     Py_XDECREF(request->futures);
+    Py_XDECREF(request->lent);
     free(request);
 }
 

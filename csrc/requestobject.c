@@ -53,6 +53,21 @@ way_of_request(const struct request *request, bool fixed)
     return !source->is_direct ? WAY_BUFFERED : fixed ? WAY_FILE_FIXED : WAY_FILE_DIRECT;
 }
 
+/* The memory as its user has it, whose end the ring outlives. -1 with ValueError: it is gone. */
+static int
+borrow_memory(Ring *self, struct request *request)
+{
+    if (self->lender == NULL) {
+        return 0;
+    }
+    request->lent = (Memory *)compat_weakref_get(self->lender);
+    if (request->lent == NULL) {
+        PyErr_SetString(PyExc_ValueError, "the buffer is gone");
+        return -1;
+    }
+    return 0;
+}
+
 static PyObject *
 request_object(Ring *self, struct request *request)
 {
@@ -90,7 +105,7 @@ make_request(Ring *self, PyObject *sources, const struct read_arrays *arrays,
         PyErr_NoMemory();
         return NULL;
     }
-    if (take_sources(self, request, sources) < 0 ||
+    if (take_sources(self, request, sources) < 0 || borrow_memory(self, request) < 0 ||
         check_request(self, request, arrays, wanted, fixed) < 0) {
         request_free(request);
         return NULL;
@@ -165,22 +180,43 @@ ring_lend_bounce(Ring *self, PyObject *object)
 
 /* ---- In the way -------------------------------------------------------------------------- */
 
-/* _wait_until_free(address, nbytes): nothing that was given up writes there any more. */
+/* _clear_the_way(): waits until nothing that was given up writes into the memory any more. */
 PyObject *
-ring_wait_until_free(Ring *self, PyObject *args)
+ring_method_clear_the_way(Ring *self, PyObject *Py_UNUSED(ignored))
 {
-    unsigned long long address, nbytes;
-    if (!PyArg_ParseTuple(args, "KK:_wait_until_free", &address, &nbytes)) {
-        return NULL;
-    }
-    const int result = ring_clear_the_way(self->module, address, address + nbytes, NO_DEADLINE);
+    const int result = ring_clear_the_way_of(self, NO_DEADLINE);
     if (result != DONE) {
         return ring_raise(self, result, "io_uring_enter");
     }
     Py_RETURN_NONE;
 }
 
+/* _in_the_way(): a ring that has something given up which may write into the memory, or None. */
+PyObject *
+ring_method_in_the_way(Ring *self, PyObject *Py_UNUSED(ignored))
+{
+    Ring *busy = request_in_the_way_of(self);
+    return busy != NULL ? (PyObject *)busy : Py_NewRef(Py_None);
+}
+
 /* ---- Carrying out ------------------------------------------------------------------------ */
+
+static inline struct request *
+request_at(PyObject *requests, Py_ssize_t index)
+{
+    return ((Request *)PyTuple_GET_ITEM(requests, index))->request;
+}
+
+static bool
+has_unstarted(PyObject *requests)
+{
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(requests); i++) {
+        if (!request_at(requests, i)->started) {
+            return true;
+        }
+    }
+    return false;
+}
 
 /* The requests of a tuple, checked to be of this ring. -1 with TypeError. */
 static int
@@ -197,13 +233,8 @@ check_requests(Ring *self, PyObject *requests)
             return -1;
         }
     }
-    return ring_check_caller(self);
-}
-
-static inline struct request *
-request_at(PyObject *requests, Py_ssize_t index)
-{
-    return ((Request *)PyTuple_GET_ITEM(requests, index))->request;
+    /* What is started keeps the ring open as long as it is in flight. */
+    return has_unstarted(requests) ? ring_check_caller(self) : ring_check_thread(self);
 }
 
 /* Starts those that are not started yet, and sends what there is room for. `failed` is the index of the one
@@ -242,21 +273,6 @@ raise_unstarted(const Ring *self, int result, const struct request *request)
     return PyErr_Format(PyExc_ValueError, "%S is closed", closed->path);
 }
 
-/* Whether a request that isn't started yet has to wait for one that was given up: then its ring, as a new
- * reference. */
-static Ring *
-in_the_way_of(PyObject *requests)
-{
-    Ring *ring = NULL;
-    for (Py_ssize_t i = 0; ring == NULL && i < PyTuple_GET_SIZE(requests); i++) {
-        const Request *each = (Request *)PyTuple_GET_ITEM(requests, i);
-        if (!each->request->started) {
-            ring = request_in_the_way(each->ring->module, each->request->low, each->request->high);
-        }
-    }
-    return ring;
-}
-
 static void
 give_up_all_locked(Ring *self, PyObject *requests)
 {
@@ -276,7 +292,7 @@ carry_out(Ring *self, PyObject *requests, int64_t deadline, bool keep, Py_ssize_
     for (Py_ssize_t i = 0; result == DONE && i < n; i++) {
         const struct request *request = request_at(requests, i);
         if (!request->started) {
-            result = ring_clear_the_way(self->module, request->low, request->high, deadline);
+            result = ring_clear_the_way_of(self, deadline);
         }
     }
     ring_lock(self);
@@ -315,6 +331,7 @@ ring_carry_out(Ring *self, PyObject *const *args, Py_ssize_t nargs)
         return NULL;
     }
     const bool keep = nargs == 3 && args[2] == Py_False;
+    CHAOS_POINT();
     const int result = carry_out(self, args[0], deadline, keep, &failed);
     if (result == ETIME) {
         PyErr_SetNone(PyExc_TimeoutError);
@@ -336,7 +353,7 @@ ring_start(Ring *self, PyObject *requests)
     if (check_requests(self, requests) < 0) {
         return NULL;
     }
-    Ring *busy = in_the_way_of(requests);
+    Ring *busy = has_unstarted(requests) ? request_in_the_way_of(self) : NULL;
     if (busy != NULL) {
         return (PyObject *)busy;
     }
@@ -363,6 +380,7 @@ watch_unlink_locked(struct request *request)
     }
     if (*link == request) {
         *link = request->next;
+        request->told = false;
     }
 }
 
@@ -428,12 +446,9 @@ request_give_up(Request *self, PyObject *Py_UNUSED(ignored))
         return NULL;
     }
     ring_lock(self->ring);
-    struct watch *watch = unwatch_locked(self->request);
     request_give_up_locked(self->ring, self->request);
+    request_tell_locked(self->request); /* another task may wait for it */
     ring_unlock(self->ring);
-    if (watch != NULL) {
-        watch_release(watch);
-    }
     Py_RETURN_NONE;
 }
 
@@ -572,6 +587,7 @@ drop_finished_locked(struct watch *watch, const PyObject *futures)
         return false; /* whoever had it has let go of it meanwhile */
     }
     watch->finished = request->next;
+    request->told = false;
     request->watch = NULL;
     return true;
 }
@@ -601,10 +617,12 @@ ring_arrived(Ring *self, PyObject *object)
         return NULL;
     }
     struct watch *watch = ((Watch *)object)->watch;
+    CHAOS_POINT();
     look_again(self, watch);
     PyObject *futures;
     while ((futures = first_finished_locked(watch)) != NULL) {
         ring_unlock(self);
+        CHAOS_POINT();
         const int failed = set_futures(futures);
         ring_lock(self);
         const bool dropped = !failed && drop_finished_locked(watch, futures);
@@ -701,15 +719,13 @@ short_request(Ring *self, PyObject *source, const struct short_read *read)
     command->registered = read->fixed
                               ? check_registered(self, (uint64_t)read->target, command->nbytes)
                               : NOT_REGISTERED;
-    if (take_sources(self, request, source) < 0 || request->sources[0]->is_nvme ||
-        (read->fixed && command->registered == NOT_REGISTERED) ||
+    if (take_sources(self, request, source) < 0 || borrow_memory(self, request) < 0 ||
+        request->sources[0]->is_nvme || (read->fixed && command->registered == NOT_REGISTERED) ||
         !is_in_the_file(request->sources[0], read)) {
         request_free(request);
         return NULL;
     }
     request->way = way_of_request(request, read->fixed);
-    request->low = command->address;
-    request->high = command->address + command->nbytes;
     request->owned = true;
     return request;
 }
@@ -719,7 +735,7 @@ short_request(Ring *self, PyObject *source, const struct short_read *read)
 static int
 carry_out_one(Ring *self, struct request *request, int64_t deadline)
 {
-    int result = ring_clear_the_way(self->module, request->low, request->high, deadline);
+    int result = ring_clear_the_way_of(self, deadline);
     ring_lock(self);
     if (result == DONE) {
         result = request_start_locked(self, request);
@@ -801,7 +817,7 @@ ring_begin(Ring *self, PyObject *const *args, Py_ssize_t nargs)
     if (request == NULL) {
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
     }
-    Ring *busy = request_in_the_way(self->module, request->low, request->high);
+    Ring *busy = request_in_the_way_of(self);
     PyObject *object = request_object(self, request);
     if (busy != NULL || object == NULL) {
         Py_XDECREF(busy);

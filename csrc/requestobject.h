@@ -12,7 +12,8 @@ PyObject *ring_carry_out(Ring *self, PyObject *const *args, Py_ssize_t nargs);
 PyObject *ring_start(Ring *self, PyObject *requests);
 PyObject *ring_read(Ring *self, PyObject *const *args, Py_ssize_t nargs);
 PyObject *ring_begin(Ring *self, PyObject *const *args, Py_ssize_t nargs);
-PyObject *ring_wait_until_free(Ring *self, PyObject *args);
+PyObject *ring_method_clear_the_way(Ring *self, PyObject *ignored);
+PyObject *ring_method_in_the_way(Ring *self, PyObject *ignored);
 PyObject *ring_arrived(Ring *self, PyObject *watch);
 
 #endif

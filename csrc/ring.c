@@ -140,6 +140,7 @@ ring_unlock(Ring *self)
         self->to_free = NULL;
         self->unowned = 0;
         pthread_mutex_unlock(&self->lock);
+        CHAOS_POINT();
         Py_XDECREF(finished);
         request_free_all(to_free);
         for (; unowned > 0; unowned--) { /* never the last reference: the caller has one */
@@ -163,6 +164,7 @@ futex(_Atomic uint32_t *word, int operation, uint32_t value, const struct timesp
 static void
 wake(struct follower *follower)
 {
+    CHAOS_POINT();
     if (atomic_exchange(&follower->woken, 1) == 0) {
         futex(&follower->woken, FUTEX_WAKE, 1, NULL);
     }
@@ -307,6 +309,7 @@ ring_fileno(Ring *self, PyObject *Py_UNUSED(ignored))
     if (check_wakes(self) < 0) {
         return NULL;
     }
+    CHAOS_POINT();
     ring_lock(self);
     int failed = self->state != RING_OPEN ? STREAM_CLOSED
                  : self->event_fd < 0     ? open_events_locked(self)

@@ -89,6 +89,7 @@ typedef struct {
     PyObject_HEAD
     struct module_state *module;
     Memory *memory;      /* its numbers are good until the ring is freed */
+    PyObject *lender;    /* of a shared one: a weak reference to the buffer that it is of */
     Py_buffer export;    /* of it: until that is released the memory can't be closed */
     uint32_t registered; /* buffers registered with the kernel, each of 1 GiB but the last; or 0 */
     int register_errno;  /* why there are none */
@@ -101,7 +102,9 @@ typedef struct {
     char *fork_mark;        /* a page that holds 1, and 0 in a child after fork */
 
     pthread_mutex_t lock;
-    _Atomic int state; /* enum ring_state; changed with the lock held */
+    _Atomic int state;       /* enum ring_state; changed with the lock held */
+    pthread_t closer;        /* the thread that closed it */
+    _Atomic bool given_back; /* and has let go of all that it had */
     struct io_uring ring;
     struct inflight table;
     struct counters counters[WAYS];

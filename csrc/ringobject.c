@@ -215,14 +215,14 @@ static PyObject *
 ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"buffer", "depth",    "single_thread", "sqpoll",
-                            "iopoll", "register", "_shared",       NULL};
+                            "iopoll", "register", "_lender",       NULL};
     PyObject *module = PyType_GetModuleByDef(type, &gdsdirect_uring_cmd_module);
-    PyObject *buffer, *registering = Py_None;
+    PyObject *buffer, *registering = Py_None, *lender = Py_None;
     Py_ssize_t depth = 128;
-    int single_thread = 0, sqpoll = 0, iopoll = 0, shared = 0;
-    if (module == NULL || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|n$pppOp:AsyncUringStream",
+    int single_thread = 0, sqpoll = 0, iopoll = 0;
+    if (module == NULL || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|n$pppOO:AsyncUringStream",
                                                        names, &buffer, &depth, &single_thread,
-                                                       &sqpoll, &iopoll, &registering, &shared)) {
+                                                       &sqpoll, &iopoll, &registering, &lender)) {
         return NULL;
     }
     struct module_state *state = PyModule_GetState(module);
@@ -243,7 +243,11 @@ ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (self == NULL) {
         return NULL;
     }
-    self->shared = shared;
+    self->shared = lender != Py_None;
+    if (self->shared && (self->lender = PyWeakref_NewRef(lender, NULL)) == NULL) {
+        Py_DECREF(self);
+        return NULL;
+    }
     self->setup_flags = (single_thread ? IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
                                              IORING_SETUP_TASKRUN_FLAG
                                        : 0) |
@@ -290,6 +294,8 @@ struct remains {
 static void
 take_remains_locked(Ring *self, struct remains *remains)
 {
+    CHAOS_POINT();
+    self->closer = pthread_self();
     self->state = RING_CLOSED;
     while (self->table.ready > 0) { /* that nobody took */
         holder_drop(&self->table, outcome_at(&self->table, --self->table.ready)->holder, 1);
@@ -321,9 +327,10 @@ close_descriptor(int fd)
 
 /* Gives it all back, without the lock: the memory's end can run Python code. */
 static void
-give_back(const Ring *self, struct remains *remains)
+give_back(Ring *self, struct remains *remains)
 {
     struct io_uring *ring = &remains->ring;
+    CHAOS_POINT();
     if (ring->ring_fd >= 0) {
         const bool forked = ring_is_forked(self);
         /* What is left to the ring's end a kernel thread lets go of, some time after it. */
@@ -357,6 +364,24 @@ give_back(const Ring *self, struct remains *remains)
     close_descriptor(remains->arrival_fd);
     PyBuffer_Release(&remains->bounce);
     PyBuffer_Release(&remains->export);
+    atomic_store(&self->given_back, true);
+}
+
+/* Another thread that closes the ring has it closed, but may still have things of it. -1 with an exception of
+ * a signal handler's. */
+static int
+wait_until_given_back(const Ring *self)
+{
+    const struct timespec moment = {.tv_nsec = 50000};
+    while (!atomic_load(&self->given_back) && !pthread_equal(self->closer, pthread_self())) {
+        Py_BEGIN_ALLOW_THREADS
+        nanosleep(&moment, NULL);
+        Py_END_ALLOW_THREADS
+        if (PyErr_CheckSignals() < 0) {
+            return -1;
+        }
+    }
+    return 0;
 }
 
 static int
@@ -380,6 +405,7 @@ static int
 close_locked(Ring *self, int64_t deadline)
 {
     self->state = RING_CLOSING;
+    CHAOS_POINT();
     ring_wake_all_locked(self);
     ring_tell_watches_locked(self);
     ring_reap_locked(self);
@@ -405,7 +431,7 @@ ring_close(Ring *self, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     if (self->state == RING_CLOSED) {
-        Py_RETURN_NONE;
+        return wait_until_given_back(self) < 0 ? NULL : Py_NewRef(Py_None);
     }
     if (ring_check_thread(self) < 0) {
         return NULL;
@@ -434,6 +460,19 @@ ring_close(Ring *self, PyObject *args, PyObject *kwargs)
     if (result != DONE) {
         return ring_raise(self, result, "io_uring_enter");
     }
+    return wait_until_given_back(self) < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+/* _collect(): takes in what has come. */
+static PyObject *
+ring_collect(Ring *self, PyObject *Py_UNUSED(ignored))
+{
+    if (ring_check_process(self) < 0) {
+        return NULL;
+    }
+    ring_lock(self);
+    ring_fetch_locked(self);
+    ring_unlock(self);
     Py_RETURN_NONE;
 }
 
@@ -526,6 +565,7 @@ ring_dealloc(Ring *self)
         Py_XDECREF(self->bounce.memory);
         Py_XDECREF(self->memory);
     }
+    Py_XDECREF(self->lender);
     if (self->fork_mark != NULL) {
         munmap(self->fork_mark, 1);
     }
@@ -745,7 +785,9 @@ static PyMethodDef ring_methods[] = {
     {"_start", (PyCFunction)ring_start, METH_O, NULL},
     {"_read", FASTCALL(ring_read), METH_FASTCALL, NULL},
     {"_begin", FASTCALL(ring_begin), METH_FASTCALL, NULL},
-    {"_wait_until_free", (PyCFunction)ring_wait_until_free, METH_VARARGS, NULL},
+    {"_clear_the_way", (PyCFunction)ring_method_clear_the_way, METH_NOARGS, NULL},
+    {"_in_the_way", (PyCFunction)ring_method_in_the_way, METH_NOARGS, NULL},
+    {"_collect", (PyCFunction)ring_collect, METH_NOARGS, NULL},
     {"_close_if_idle", (PyCFunction)ring_close_if_idle, METH_NOARGS, NULL},
     {"_counters", (PyCFunction)ring_counters, METH_NOARGS, NULL},
     {0},

@@ -112,7 +112,9 @@ ring_register_file_locked(Ring *self, uint32_t index)
         return;
     }
     const int fd = holder->source->fd;
+    CHAOS_POINT();
     if (io_uring_register_files_update(&self->ring, index, &fd, 1) == 1) {
+        CHAOS_POINT();
         holder->registered = true;
         holder_release(holder); /* it may be closed: the kernel has the file */
     }

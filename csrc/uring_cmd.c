@@ -2,6 +2,7 @@
  * The module _uring_cmd, and nothing else.
  */
 #include "handout.h"
+#include "jobs.h"
 
 static PyTypeObject *
 add_type(PyObject *module, PyType_Spec *spec)
@@ -19,6 +20,7 @@ module_exec(PyObject *module)
     struct module_state *state = PyModule_GetState(module);
     pthread_mutex_init(&state->given_up.lock, NULL);
     pthread_mutex_init(&state->idle.lock, NULL);
+    gdsdirect_workers_init(&state->workers);
     if (!alias_init(&state->aliases)) {
         PyErr_NoMemory();
         return -1;
@@ -32,7 +34,8 @@ module_exec(PyObject *module)
         (state->watch_type = add_type(module, &gdsdirect_watch_spec)) == NULL ||
         (state->then_type = add_type(module, &gdsdirect_then_spec)) == NULL ||
         (state->slots_type = add_type(module, &gdsdirect_slots_spec)) == NULL ||
-        (state->slot_type = add_type(module, &gdsdirect_slot_spec)) == NULL) {
+        (state->slot_type = add_type(module, &gdsdirect_slot_spec)) == NULL ||
+        (state->job_type = add_type(module, &gdsdirect_job_spec)) == NULL) {
         return -1;
     }
     PyTypeObject *turn = add_type(module, &gdsdirect_turn_spec);
@@ -54,6 +57,7 @@ module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->then_type);
     Py_VISIT(state->slots_type);
     Py_VISIT(state->slot_type);
+    Py_VISIT(state->job_type);
     return 0;
 }
 
@@ -71,6 +75,7 @@ module_clear(PyObject *module)
     Py_CLEAR(state->then_type);
     Py_CLEAR(state->slots_type);
     Py_CLEAR(state->slot_type);
+    Py_CLEAR(state->job_type);
     return 0;
 }
 
@@ -81,6 +86,7 @@ module_free(void *module)
     module_clear(module);
     alias_free(&state->aliases);
     gdsdirect_idle_rings_free(&state->idle);
+    gdsdirect_workers_end(&state->workers);
 }
 
 static PyMethodDef module_methods[] = {
@@ -95,9 +101,9 @@ static PyMethodDef module_methods[] = {
     {"open_source", gdsdirect_open_source, METH_VARARGS,
      "open_source(name, flags, path) -> Source: open(2) of name, which messages call path."},
     {"open_sources", gdsdirect_open_sources, METH_VARARGS,
-     "open_sources(paths, flags) -> for each its path, a Source or None, and its size: see csrc/open.c."},
+     "open_sources(paths, flags) -> a Job: for each its path, a Source or None, and its size."},
     {"read_sources", gdsdirect_read_sources, METH_VARARGS,
-     "read_sources(memory, sources, sizes, targets) -> for each the bytes read, or -errno."},
+     "read_sources(memory, sources, sizes, targets) -> a Job: for each the bytes read, or -errno."},
     {"direct_alignment", gdsdirect_direct_alignment, METH_VARARGS,
      "direct_alignment(fd) -> (memory, offset): bytes that O_DIRECT wants multiples of; or None."},
     {0},

@@ -22,7 +22,18 @@ from gdsdirect.memory import GpuMappedBuffer
 from gdsdirect.plan import REGISTERED
 from gdsdirect.shared_ring import SharedRing, ring_of
 from gdsdirect.stream import DataPath
-from gdsdirect.supply import BATCH, GRAIN, Landed, Load, Loaded, ManyFiles, Place, Supply
+from gdsdirect.supply import (
+    BATCH,
+    CLOSED,
+    GRAIN,
+    Landed,
+    Load,
+    Loaded,
+    ManyFiles,
+    Place,
+    Supply,
+    arrival,
+)
 from gdsdirect.transfer import Require, permitted
 
 if TYPE_CHECKING:
@@ -196,7 +207,9 @@ class ChunkStream(_Chunks):
             load.start()
 
     def _deliver(self, ahead: _Ahead, loaded: Loaded) -> None:
-        """What a load has brought is ready."""
+        """What a load has brought is ready, unless another task was here before."""
+        if ahead.ready is not None or self._closed:
+            return
         chunks = [
             each if isinstance(each, Exception) else Chunk(self._buffer, each) for each in loaded
         ]
@@ -224,7 +237,7 @@ class ChunkStream(_Chunks):
 
     def _ring_for(self, reader: object) -> SharedRing:
         if self._closed:
-            raise ValueError("the stream is closed")
+            raise ValueError(CLOSED)
         if self._process != os.getpid():
             raise RuntimeError(
                 "the stream belongs to the process that made it, and this one is its fork: make a "
@@ -237,26 +250,37 @@ class ChunkStream(_Chunks):
         ring = self._ring = ring_of(self._buffer)
         return ring
 
+    def _step(self, reader: object) -> _Ahead | Place | BaseException | None:
+        """What is to be waited for: a load, or the place of one whose files are to be opened.
+
+        None: a chunk is ready, or a slot is to be released; an exception: there are no more.
+        """
+        ring = self._ring_for(reader)
+        place = self._next_place()
+        opened = self._supply.is_open(place)
+        if opened:
+            self._read_ahead(ring)
+        if self._is_ready() and not self._supply.is_coming(place):
+            return None
+        if not opened:
+            return place
+        if self._ahead:
+            return self._ahead[0]
+        return StopIteration() if self._supply.exhausted(self._place) else None
+
     def _prepare(self) -> None:
         """Until there is a chunk; Handout calls this in turn."""
-        ring = self._ring_for(threading)
         while True:
-            place = self._next_place()
-            if self._supply.is_coming(place):
-                self._supply.open(place)
-            opened = self._supply.is_open(place)
-            if opened:
-                self._read_ahead(ring)
-            if self._is_ready():
+            step = self._step(threading)
+            if isinstance(step, tuple):
+                self._supply.open(step)
+            elif isinstance(step, _Ahead):
+                if step.load is not None:
+                    self._deliver(step, step.load.finish())
+            elif step is not None:
+                raise step
+            elif self._is_ready():
                 return
-            if not opened:
-                self._supply.open(place)
-            elif self._ahead:
-                front = self._ahead[0]
-                if front.load is not None:
-                    self._deliver(front, front.load.finish())
-            elif self._supply.exhausted(self._place):
-                raise StopIteration
             elif not self._slots.free:
                 raise BufferError(
                     f"all {len(self._slots)} slots of the buffer are held: release() chunks, read "
@@ -269,24 +293,20 @@ class ChunkStream(_Chunks):
 
         loop = asyncio.get_running_loop()
         while True:
-            ring = self._ring_for(loop)
-            place = self._next_place()
-            opened = self._supply.is_open(place)
-            if opened:
-                self._read_ahead(ring)
-            if self._is_ready() and not self._supply.is_coming(place):
-                return
-            if not opened:
-                # It goes on if this task is cancelled.
-                await loop.run_in_executor(None, self._supply.open, place)
-            elif self._ahead:
-                front = self._ahead[0]
-                if front.load is not None:
-                    loaded = await front.load.finish_async()
-                    if front.ready is None and not self._closed:
-                        self._deliver(front, loaded)
-            elif self._supply.exhausted(self._place):
+            step = self._in_turn(self._step, loop)
+            if isinstance(step, tuple):
+                opening = self._supply.opening(step)
+                if opening is not None:
+                    await arrival(opening)
+                self._supply.open(step)
+            elif isinstance(step, _Ahead):
+                if step.load is not None:
+                    loaded = await step.load.finish_async()
+                    self._in_turn(self._deliver, step, loaded)
+            elif step is not None:
                 raise StopAsyncIteration
+            elif self._in_turn(self._is_ready):
+                return
             else:
                 await self._a_slot(loop)
 
@@ -342,11 +362,9 @@ class ChunkStream(_Chunks):
 
     async def aclose(self) -> None:
         """The same for asyncio."""
-        import asyncio
-
-        for load in self._give_up():
+        for load in self._in_turn(self._give_up):
             await load.close_async()
-        await asyncio.to_thread(self._let_go)
+        self._in_turn(self._let_go)
 
     def __enter__(self) -> Self:
         return self

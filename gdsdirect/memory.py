@@ -249,17 +249,17 @@ class GpuMappedBuffer(Memory):
         Raises BufferError while a stream or a view uses it, or a read into it is in flight. A
         second call does nothing.
         """
-        if not self._in_use:
-            self._close_ring()
+        ring = self._rings.get(os.getpid())
+        if ring is not None:
+            ring._collect()  # reads that were given up may be back
         super().close()
         self._made_of = (None, 0, 0)
+        self._close_ring()
 
     def _close_ring(self) -> None:
-        """Give back the ring that files are read by; BufferError while it reads."""
+        """Give back the ring that files are read by, which nothing needs any more."""
         ring = self._rings.get(os.getpid())
-        if ring is not None and not ring._close_if_idle():
-            raise BufferError("reads into the buffer are in flight: wait for them")
-        if ring is not None:
+        if ring is not None and ring._close_if_idle():
             ring.buffer.close()  # errors may hold the ring for long
         self._rings.clear()
 

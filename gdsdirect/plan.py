@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple
 
 from gdsdirect._nvme_sqe import _survey
@@ -52,6 +51,7 @@ class Plan:
     sizes: array[int] = field(default_factory=lambda: array("I"))
     targets: array[int] = field(default_factory=lambda: array("Q"))
     bounced: list[Bounced] = field(default_factory=list)
+    _common: Common | None = field(default=None, init=False, repr=False, compare=False)
 
     def range(self, index: int) -> Range:
         """One of the reads into their place."""
@@ -61,10 +61,13 @@ class Plan:
         """All of them."""
         return list(map(Range, self.offsets, self.sizes, self.targets))
 
-    @cached_property
+    @property
     def common(self) -> Common:
         """What the reads into their place have in common; asked for once the plan is made."""
-        return Common(*_survey(self.offsets, self.sizes, self.targets))
+        # Not functools.cached_property, whose lock (before 3.12) another thread may have at a fork.
+        if self._common is None:
+            self._common = Common(*_survey(self.offsets, self.sizes, self.targets))
+        return self._common
 
 
 class Common(NamedTuple):

@@ -6,7 +6,6 @@ Any number of threads and event loops share it. A read is some requests, each ma
 
 from __future__ import annotations
 
-import contextlib
 import os
 from array import array
 from collections.abc import Sequence
@@ -46,7 +45,7 @@ class SharedRing(AsyncUringStream):
     def __new__(cls, buffer: GpuMappedBuffer, *, once: bool = False) -> Self:
         """`once`: the memory is read into once, and never again."""
         twin = buffer._twin()  # the ring must not keep the buffer, which finds the ring by itself
-        self = super().__new__(cls, twin, register=False if once else None, _shared=True)
+        self = super().__new__(cls, twin, register=False if once else None, _lender=buffer)
         self.unregistered = None
         if once:
             self.unregistered = _ONCE
@@ -84,13 +83,11 @@ class SharedRing(AsyncUringStream):
 
     async def read_shortly(self, way: ShortWay, offset: int, size: int, target: int) -> int | None:
         """One read, as `_read` does it, while other tasks run: the bytes, or None."""
-        import asyncio
-
         begun = self._begin(way.source, offset, size, target, *way[1:4])
         if begun is None or isinstance(begun, int):
             return begun
         try:
-            await self._finish(begun, asyncio.get_running_loop())
+            await self.finish((begun,))
         except BaseException:
             begun.give_up()
             raise
@@ -114,10 +111,9 @@ class SharedRing(AsyncUringStream):
 
         loop = asyncio.get_running_loop()
         while (busy := self._start(requests)) is not None:
-            with contextlib.suppress(ValueError):  # it is closed, since nothing is in flight there
-                await busy._news(loop)
+            await busy.news()
         for request in requests:
-            if not request.finished:
+            while not request.finished:  # one that is given up meanwhile wakes those who wait
                 await self._finish(request, loop)
 
     async def _finish(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Coroutine, Mapping
@@ -233,7 +234,7 @@ class AsyncUringStream(Ring):
         sqpoll: bool = False,
         iopoll: bool = False,
         register: bool | None = None,
-        _shared: bool = False,
+        _lender: object = None,
     ) -> Self:
         if register is None and getattr(buffer, "kind", None) is MemoryKind.BAR1_PEER:
             register = False  # the kernel refuses long-term pins of P2PDMA pages
@@ -246,7 +247,7 @@ class AsyncUringStream(Ring):
                 sqpoll=sqpoll,
                 iopoll=iopoll,
                 register=register,
-                _shared=_shared,
+                _lender=_lender,
             )
         except OSError as error:
             if error.strerror == "io_uring_setup":
@@ -309,6 +310,13 @@ class AsyncUringStream(Ring):
         finally:
             watch.futures.discard(future)
             self._end_if_idle(watch)
+
+    async def news(self) -> None:
+        """Until something changes here, or did already."""
+        import asyncio
+
+        with contextlib.suppress(ValueError):  # it is closed: nothing is in flight
+            await self._news(asyncio.get_running_loop())
 
     def _watch_of(self, loop: asyncio.AbstractEventLoop) -> _Watch:
         watch = self._watches.get(loop)

@@ -13,22 +13,23 @@ import os
 from array import array
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from gdsdirect.errors import ring_module
 from gdsdirect.origin import Origin
 from gdsdirect.plan import Range
 from gdsdirect.shared_ring import Requests, SharedRing
 from gdsdirect.stream import DataPath
-from gdsdirect.transfer import PIECE, Transfer, to_the_end
+from gdsdirect.transfer import PIECE, Transfer, to_the_end, to_the_end_async
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor, Future
+    from asyncio import AbstractEventLoop
 
-    from gdsdirect._uring_cmd import Slot, Slots, Source, Turn
+    from gdsdirect._uring_cmd import Job, Slot, Slots, Source, Turn
 
 GRAIN = 4096  # bytes; slots begin and end at multiples of it, as almost all direct reads may
 BATCH = 32  # small files read in one batch, at most
+CLOSED = "the stream is closed"
 _OPENS = 256  # files opened in one batch
 
 
@@ -92,12 +93,15 @@ class RingLoad:
         self._make = make
         self._begun: tuple[Generator[Requests, None, Loaded], Requests] | None = None
         self._loaded: Loaded | None = None
+        self._closed = False
         self.slots: Sequence[Slot] = slots
         self.nbytes = nbytes
         self.after = after
 
     def _advance(self, begun: tuple[Generator[Requests, None, Loaded], Requests] | None) -> None:
         """Take the first step, or the one behind `begun`, unless another task has taken it."""
+        if self._closed:
+            raise ValueError(CLOSED)
         if self._begun is not begun or self._loaded is not None:
             return
         # Whatever comes out of a step ends the steps: then they begin anew.
@@ -132,6 +136,7 @@ class RingLoad:
         return self._loaded
 
     def _give_up(self) -> Requests:
+        self._closed = True
         requests = self._begun[1] if self._begun is not None else ()
         for request in requests:
             request.give_up()
@@ -149,64 +154,63 @@ class RingLoad:
 
 
 class CopyLoad:
-    """Copied from the page cache by a thread of `workers`, beside the consumer and other loads.
+    """Copied from the page cache by a thread of its own, beside the consumer and other loads.
 
     Whoever submits a read of what is there copies it too: a ring doesn't make that any faster, a
-    second processor does, and an event loop had better not be the one.
+    second processor does, and an event loop had better not be the one. Where the load is dropped,
+    the job is ended first.
     """
 
     def __init__(
         self,
-        workers: Executor,
-        copy: Callable[[], Loaded],
+        ring: SharedRing,
+        copy: Callable[[], Job[list[int]]],
+        land: Callable[[list[int]], Generator[Requests, None, Loaded]],
         slots: list[Slot],
         nbytes: int,
         after: Place,
     ) -> None:
-        self._workers = workers
-        self._process = os.getpid()
+        """`land` makes of the bytes of each file, or -errno, what the load brings."""
+        self._ring = ring
         self._copy = copy
-        self._future: Future[Loaded] | None = None
+        self._land = land
+        self._job: Job[list[int]] | None = None
+        self._closed = False
         self.slots: Sequence[Slot] = slots
         self.nbytes = nbytes
         self.after = after
 
     def start(self) -> None:
-        self._started()
+        if self._job is None and self._ring._in_the_way() is None:
+            self._job = self._copy()
 
-    def _started(self) -> Future[Loaded]:
-        future = self._future
-        if future is None:
-            future = self._future = self._workers.submit(self._copy)
-        return future
+    def _started(self) -> Job[list[int]]:
+        if self._closed:
+            raise ValueError(CLOSED)
+        job = self._job
+        if job is None:
+            self._ring._clear_the_way()
+            job = self._job = self._copy()
+        return job
 
     def finish(self) -> Loaded:
-        return self._started().result()
+        return to_the_end(self._land(self._started().result()))
 
     async def finish_async(self) -> Loaded:
-        import asyncio
-
-        future = self._started()
-        await asyncio.wait((asyncio.wrap_future(future),))
-        return future.result()
+        while self._job is None and (busy := self._ring._in_the_way()) is not None:
+            await busy.news()
+        job = self._started()
+        await arrival(job)
+        if self._closed:
+            raise ValueError(CLOSED)
+        return await to_the_end_async(self._land(job.result()))
 
     def close(self) -> None:
-        from concurrent.futures import wait
-
-        # In a fork's child the thread that copies is not there.
-        if self._future is None or self._process != os.getpid():
-            return
-        if not self._future.cancel():
-            wait((self._future,))
-
-    # A load that was dropped must not copy into what is somebody else's by then.
-    __del__ = close
+        self._closed = True
+        self._job = None
 
     async def close_async(self) -> None:
-        import asyncio
-
-        if self._future is not None and not self._future.cancel():
-            await asyncio.wait((asyncio.wrap_future(self._future),))
+        self.close()
 
 
 class FailedLoad:
@@ -246,6 +250,9 @@ class Supply(Protocol):
 
     def is_coming(self, place: Place) -> bool:
         """Whether it is to be opened, and that without a wait."""
+
+    def opening(self, place: Place) -> Job[Any] | None:
+        """What `open` would wait for, begun; None: nothing."""
 
     def open(self, place: Place) -> None:
         """Make ready what the next loads are of. This may block."""
@@ -288,6 +295,8 @@ class OneFile:
 
     def is_coming(self, place: Place) -> bool:
         return False
+
+    def opening(self, place: Place) -> None: ...
 
     def open(self, place: Place) -> None: ...
 
@@ -399,19 +408,15 @@ class ManyFiles:
         *,
         direct: bool,
     ) -> None:
-        # Not at import time: with its logging it takes as long as all that is gdsdirect's own.
-        from concurrent.futures import ThreadPoolExecutor
-
         self._coming = iter(paths)
         # Those that have come, as they are: a file's number is its index here.
         self._paths: list[str | bytes | os.PathLike[str] | os.PathLike[bytes]] = []
-        self._ended = False
+        self._ended = self._closed = False
         self._turn: Turn = ring_module().Turn()
         self._chunk_size = chunk_size
         self._require = require
         self._direct = direct
-        self._workers = ThreadPoolExecutor(_processors())
-        self._opening: dict[int, Future[list[_Opened]]] = {}  # by the number of the first
+        self._opening: dict[int, Job[list[_Opened]]] = {}  # by the number of the first
         self._opened: dict[int, list[_Opened]] = {}  # the same, once somebody waited for it
         self._large: dict[int, OneFile] = {}  # those that are read by themselves
 
@@ -422,7 +427,10 @@ class ManyFiles:
         if self.is_open(place):
             return False
         opening = self._opening.get(self._batch_of(place))
-        return opening is not None and opening.done()
+        return opening is not None and opening.done
+
+    def opening(self, place: Place) -> Job[list[_Opened]]:
+        return self._turn.run(self._open_batch, self._batch_of(place))
 
     def open(self, place: Place) -> None:
         self._turn.run(self._open, place)
@@ -442,19 +450,19 @@ class ManyFiles:
     def _batch_of(place: Place) -> int:
         return place[0] // _OPENS * _OPENS
 
-    def _open_batch(self, first: int) -> Future[list[_Opened]]:
+    def _open_batch(self, first: int) -> Job[list[_Opened]]:
+        if self._closed:
+            raise ValueError(CLOSED)
         end = first + _OPENS
         if len(self._paths) < end and not self._ended:
             # In one step, so that none is lost; those stay that came before an exception.
             self._paths.extend(itertools.islice(self._coming, end - len(self._paths)))
             self._ended = len(self._paths) < end
-        found = self._opening.get(first)
-        if found is None:
+        if first not in self._opening:
             paths = list(map(os.fsdecode, self._paths[first:end]))
             flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if self._direct else 0)
-            opening = self._workers.submit(ring_module().open_sources, paths, flags)
-            found = self._opening.setdefault(first, opening)
-        return found
+            self._opening[first] = ring_module().open_sources(paths, flags)
+        return self._opening[first]
 
     def exhausted(self, place: Place) -> bool:
         return self._ended and place[0] >= len(self._paths)
@@ -492,7 +500,9 @@ class ManyFiles:
         after = (number + len(some), 0)
         if not self._direct:
             copy = partial(self._copy, ring, some, slots)
-            return CopyLoad(self._workers, copy, slots, nbytes, after)
+            return CopyLoad(
+                ring, copy, partial(self._copied, ring, some, slots), slots, nbytes, after
+            )
         return RingLoad(partial(self._read, ring, way, some, slots), slots, nbytes, after)
 
     def _alone(self, number: int) -> OneFile:
@@ -522,16 +532,23 @@ class ManyFiles:
                 landed[index] = yield from self._again(ring, some[index], slots[index])
         return landed
 
-    def _copy(self, ring: SharedRing, some: list[_Opened], slots: list[Slot]) -> Loaded:
-        memory = ring.buffer
-        ring._wait_until_free(memory.address, memory.nbytes)
-        sizes = tuple(size for _, _, size in some)
-        places = tuple(slot.offset for slot in slots)
-        came = ring_module().read_sources(memory, _sources(some), sizes, places)
+    @staticmethod
+    def _copy(ring: SharedRing, some: list[_Opened], slots: list[Slot]) -> Job[list[int]]:
+        job: Job[list[int]] = ring_module().read_sources(
+            ring.buffer,
+            _sources(some),
+            tuple(size for _, _, size in some),
+            tuple(slot.offset for slot in slots),
+        )
+        return job
+
+    def _copied(
+        self, ring: SharedRing, some: list[_Opened], slots: list[Slot], came: list[int]
+    ) -> Generator[Requests, None, Loaded]:
         landed = _landed(some, slots, DataPath.BUFFERED, "it was opened with direct=False")
-        for index, (nbytes, size) in enumerate(zip(came, sizes, strict=True)):
+        for index, (nbytes, (_, _, size)) in enumerate(zip(came, some, strict=True)):
             if nbytes < size:
-                landed[index] = to_the_end(self._again(ring, some[index], slots[index]))
+                landed[index] = yield from self._again(ring, some[index], slots[index])
         return landed
 
     def _again(
@@ -548,9 +565,33 @@ class ManyFiles:
         return Landed(slot, 0, result.nbytes, path, 0, result.path, result.why)
 
     def close(self) -> None:
-        self._workers.shutdown(cancel_futures=True)
+        self._turn.run(self._close)
+
+    def _close(self) -> None:
+        self._closed = True
         for held in (self._opening, self._opened, self._large):
             held.clear()
+
+
+async def arrival(job: Job[Any]) -> None:
+    """Until the job is done, while other tasks run; any number of them may wait for it."""
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    while not job.done:
+        # A descriptor has one reader in a loop: the last one to wait has all of them woken.
+        waiting = job.waiting
+        done = loop.create_future()
+        waiting.append(done)
+        loop.add_reader(job.fileno(), _wake_all, loop, job)
+        await done
+
+
+def _wake_all(loop: AbstractEventLoop, job: Job[Any]) -> None:
+    loop.remove_reader(job.fileno())
+    for future in job.waiting:
+        if not future.done():
+            future.set_result(None)
 
 
 def _sources(some: list[_Opened]) -> tuple[Source, ...]:
@@ -572,8 +613,3 @@ def _way(ring: SharedRing, direct: bool) -> DataPath:
     if not direct:
         return DataPath.BUFFERED
     return DataPath.FILE_FIXED if ring.registered else DataPath.FILE_DIRECT
-
-
-def _processors() -> int:
-    """That copy at a time: more than some don't make memory faster."""
-    return min(4, len(os.sched_getaffinity(0)))

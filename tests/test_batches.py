@@ -96,7 +96,7 @@ def test_open_sources(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     odd = [str(tmp_path), str(tmp_path / "missing"), str(tmp_path / "fifo"), "/dev/null"]
     before = len(os.listdir("/proc/self/fd"))
-    found = open_sources([*paths, *odd], os.O_RDONLY | os.O_CLOEXEC)
+    found = open_sources([*paths, *odd], os.O_RDONLY | os.O_CLOEXEC).result()
     assert [(path, size) for path, _, size in found[:200]] == list(
         zip(paths, range(200), strict=True)
     )
@@ -105,7 +105,7 @@ def test_open_sources(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before + 200
     del found
     assert len(os.listdir("/proc/self/fd")) == before
-    assert open_sources([], os.O_RDONLY) == []
+    assert open_sources([], os.O_RDONLY).result() == []
     for wrong, error in ((["a\0b"], ValueError), ([3], TypeError), (3, TypeError)):
         with pytest.raises(error):
             open_sources([paths[0], *wrong] if isinstance(wrong, list) else wrong, 0)
@@ -120,7 +120,7 @@ def test_without_descriptors(tmp_path: Path) -> None:
     used = max(map(int, os.listdir("/proc/self/fd"))) + 1
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + 10, hard))
     try:
-        found = open_sources([str(tmp_path / "file")] * (used + 20), os.O_RDONLY)
+        found = open_sources([str(tmp_path / "file")] * (used + 20), os.O_RDONLY).result()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert {source is None for _, source, _ in found} == {True, False}
@@ -131,7 +131,11 @@ def test_read_sources(tmp_path: Path) -> None:
     folder = Source(os.open(tmp_path, os.O_RDONLY), "folder")
     file = Source(os.open(tmp_path / "file", os.O_RDONLY), "file")
     with GpuMappedBuffer.from_host_visible(8192) as buffer, buffer.view() as view:
-        found = read_sources(buffer, (file, folder, file), (5000, 1, 8192), (0, 0, 0))
+        job = read_sources(buffer, (file, folder, file), (5000, 1, 8192), (0, 0, 0))
+        found = job.result()
+        assert job.done
+        assert job.result() == found
+        del job  # which uses the memory as long as it is there
         assert found == [5000, -errno.EISDIR, 5000]
         assert view[:5000] == data
         for sources, sizes, targets in (

@@ -217,7 +217,7 @@ def test_a_read_that_is_given_up(buffer: GpuMappedBuffer) -> None:
         busy.submit_nvme_passthrough(slow, guest.packed(slow, [(0, 1)] * 100, buffer.address))
         with pytest.raises(TimeoutError, match=r"the read did not come back in 0\.05 s"):
             file.read_into(target, size=65536, timeout=0.05)
-        with pytest.raises(BufferError, match="in flight: wait for them"):
+        with pytest.raises(BufferError, match="reads in flight"):
             target.close()
         began = time.monotonic()
         other.read_into(target, size=4096)
