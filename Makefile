@@ -63,7 +63,7 @@ bench-gpu: $(ENVIRONMENT)/installed
 # CPython itself leaves memory at its end.
 RING_TESTS := tests/test_stream.py tests/test_memory.py tests/test_alias.py tests/test_nvme_sqe.py tests/test_ask.py \
               tests/test_state_machine.py tests/test_tensor.py tests/test_batches.py tests/test_shared_ring.py \
-              tests/test_file.py tests/test_chunks.py
+              tests/test_file.py tests/test_chunks.py tests/test_engine.py
 ASAN := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g
 sanitize:
 	$(MAKE) ENVIRONMENT=.venv-sanitize CFLAGS="$(ASAN)" LDFLAGS="$(ASAN)" .venv-sanitize/installed

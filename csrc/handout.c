@@ -388,19 +388,28 @@ PyType_Spec gdsdirect_then_spec = {
 
 /* ---- Slots ------------------------------------------------------------------------------- */
 
+/* Each place has a count of its Slots so far: the last one made is the one that has it, and others, which an
+ * exception left behind in some frame, have nothing any more. */
+struct place {
+    Py_ssize_t offset;
+    uint32_t slots;
+    bool taken;
+};
+
 typedef struct {
     PyObject_HEAD
     pthread_mutex_t lock;
     Py_ssize_t count;
     Py_ssize_t free;
-    Py_ssize_t *offsets; /* of those that are free: a stack */
-    PyObject *freed;     /* called when one comes back; NULL: nothing is */
+    struct place *places; /* by their offsets */
+    PyObject *freed;      /* called when one comes back, or NULL */
 } Slots;
 
 typedef struct {
     PyObject_HEAD
     Slots *slots;
-    Py_ssize_t offset;
+    Py_ssize_t index;
+    uint32_t number; /* of the place's Slots */
 } Slot;
 
 static int
@@ -411,15 +420,18 @@ slots_fill(Slots *self, PyObject *offsets)
         return -1;
     }
     const Py_ssize_t count = PyTuple_GET_SIZE(tuple);
-    self->offsets = PyMem_New(Py_ssize_t, (size_t)(count > 0 ? count : 1));
-    if (self->offsets == NULL) {
+    self->places = PyMem_Calloc((size_t)count + 1, sizeof(*self->places));
+    if (self->places == NULL) {
         Py_DECREF(tuple);
         PyErr_NoMemory();
         return -1;
     }
-    for (Py_ssize_t i = 0; i < count; i++) {
-        self->offsets[count - 1 - i] =
+    for (Py_ssize_t i = 0; i < count && !PyErr_Occurred(); i++) {
+        self->places[i].offset =
             PyNumber_AsSsize_t(PyTuple_GET_ITEM(tuple, i), PyExc_OverflowError);
+        if (i > 0 && self->places[i].offset <= self->places[i - 1].offset) {
+            PyErr_SetString(PyExc_ValueError, "offsets must go up");
+        }
     }
     self->count = self->free = count;
     Py_DECREF(tuple);
@@ -465,7 +477,7 @@ slots_dealloc(Slots *self)
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     slots_clear(self);
-    PyMem_Free(self->offsets);
+    PyMem_Free(self->places);
     pthread_mutex_destroy(&self->lock);
     type->tp_free(self);
     Py_DECREF(type);
@@ -480,40 +492,72 @@ slots_free_count(Slots *self)
     return free;
 }
 
-/* take(most) -> [Slot]: as many as are free, `most` of them. What is let go of comes back by itself. */
+/* peek(most) -> [offset]: of as many as are free, `most` of them. They stay free. */
 static PyObject *
-slots_take(Slots *self, PyObject *argument)
+slots_peek(Slots *self, PyObject *argument)
 {
-    struct module_state *module = PyType_GetModuleState(Py_TYPE(self));
     const Py_ssize_t most = PyNumber_AsSsize_t(argument, PyExc_OverflowError);
     if (most == -1 && PyErr_Occurred()) {
         return NULL;
     }
     PyObject *list = PyList_New(0);
-    while (list != NULL && PyList_GET_SIZE(list) < most) {
-        Slot *slot = (Slot *)module->slot_type->tp_alloc(module->slot_type, 0);
-        if (slot == NULL) {
-            Py_CLEAR(list);
-            break;
-        }
+    for (Py_ssize_t i = 0; list != NULL && i < self->count && PyList_GET_SIZE(list) < most; i++) {
         pthread_mutex_lock(&self->lock);
-        const bool found = self->free > 0;
-        if (found) {
-            slot->offset = self->offsets[--self->free];
-        }
+        const bool taken = self->places[i].taken;
         pthread_mutex_unlock(&self->lock);
-        if (found) {
-            slot->slots = (Slots *)Py_NewRef((PyObject *)self);
-        }
-        if (found && PyList_Append(list, (PyObject *)slot) < 0) {
+        PyObject *offset = taken ? NULL : PyLong_FromSsize_t(self->places[i].offset);
+        if (!taken && (offset == NULL || PyList_Append(list, offset) < 0)) {
             Py_CLEAR(list);
         }
-        Py_DECREF(slot);
-        if (!found) {
-            break;
-        }
+        Py_XDECREF(offset);
     }
     return list;
+}
+
+/* The place at this offset; -1 with ValueError. */
+static Py_ssize_t
+place_at(const Slots *self, PyObject *argument)
+{
+    const Py_ssize_t offset = PyNumber_AsSsize_t(argument, PyExc_OverflowError);
+    Py_ssize_t low = 0, high = self->count;
+    if (offset == -1 && PyErr_Occurred()) {
+        return -1;
+    }
+    while (low < high) {
+        const Py_ssize_t middle = low + (high - low) / 2;
+        if (self->places[middle].offset < offset) {
+            low = middle + 1;
+        }
+        else {
+            high = middle;
+        }
+    }
+    if (low == self->count || self->places[low].offset != offset) {
+        PyErr_Format(PyExc_ValueError, "there is no slot at %zd", offset);
+        return -1;
+    }
+    return low;
+}
+
+/* claim(offset) -> Slot: the place is this one's from now on, and no other's, until it is let go of. */
+static PyObject *
+slots_claim(Slots *self, PyObject *offset)
+{
+    struct module_state *module = PyType_GetModuleState(Py_TYPE(self));
+    const Py_ssize_t index = place_at(self, offset);
+    Slot *slot = index < 0 ? NULL : (Slot *)module->slot_type->tp_alloc(module->slot_type, 0);
+    if (slot == NULL) {
+        return NULL;
+    }
+    struct place *place = &self->places[index];
+    slot->slots = (Slots *)Py_NewRef((PyObject *)self);
+    slot->index = index;
+    pthread_mutex_lock(&self->lock);
+    slot->number = ++place->slots;
+    self->free -= !place->taken;
+    place->taken = true;
+    pthread_mutex_unlock(&self->lock);
+    return (PyObject *)slot;
 }
 
 static PyObject *
@@ -545,10 +589,15 @@ slot_dealloc(Slot *self)
     Slots *slots = self->slots;
     if (slots != NULL) {
         CHAOS_POINT();
+        struct place *place = &slots->places[self->index];
         pthread_mutex_lock(&slots->lock);
-        slots->offsets[slots->free++] = self->offset;
+        const bool had = place->slots == self->number;
+        if (had) {
+            place->taken = false;
+            slots->free++;
+        }
         pthread_mutex_unlock(&slots->lock);
-        PyObject *freed = Py_XNewRef(slots->freed);
+        PyObject *freed = had ? Py_XNewRef(slots->freed) : NULL;
         if (freed != NULL && freed != Py_None) {
             PyObject *type_, *value, *traceback;
             PyErr_Fetch(&type_, &value, &traceback);
@@ -567,8 +616,10 @@ slot_dealloc(Slot *self)
 }
 
 static PyMethodDef slots_methods[] = {
-    {"take", (PyCFunction)slots_take, METH_O,
-     "take(most) -> [Slot]: as many as are free, `most` of them."},
+    {"peek", (PyCFunction)slots_peek, METH_O,
+     "peek(most) -> [offset]: of as many as are free, `most` of them."},
+    {"claim", (PyCFunction)slots_claim, METH_O,
+     "claim(offset) -> Slot: the place is this one's, and no other's, while it lives."},
     {0},
 };
 
@@ -579,11 +630,6 @@ static PyGetSetDef slots_getset[] = {
 
 static PyMemberDef slots_members[] = {
     {"freed", T_OBJECT, offsetof(Slots, freed), 0, "Called when one comes back, or None."},
-    {0},
-};
-
-static PyMemberDef slot_members[] = {
-    {"offset", T_PYSSIZET, offsetof(Slot, offset), READONLY, "Of its first byte in the buffer."},
     {0},
 };
 
@@ -603,7 +649,6 @@ static PyType_Slot slots_slots[] = {
 static PyType_Slot slot_slots[] = {
     {Py_tp_dealloc, slot_dealloc},
     {Py_tp_traverse, slot_traverse},
-    {Py_tp_members, slot_members},
     {0, NULL},
 };
 

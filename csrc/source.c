@@ -213,37 +213,39 @@ source_set_bounds(Source *self, unsigned int lba_size, unsigned long long max_tr
 static PyObject *
 source_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"fd",       "path",         "nsid",          "lba_size",
-                            "capacity", "max_transfer", "safe_transfer", "metadata_size",
-                            NULL};
+    static char *names[] = {"fd", "path", NULL};
     int fd;
     PyObject *path;
-    unsigned int nsid = 0, lba_size = 0, metadata_size = 0;
-    unsigned long long capacity = 0, max_transfer = 0, safe_transfer = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iU|$IIKKKI:Source", names, &fd, &path, &nsid,
-                                     &lba_size, &capacity, &max_transfer, &safe_transfer,
-                                     &metadata_size)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iU:Source", names, &fd, &path)) {
         return NULL;
     }
-    int flags = fcntl(fd, F_GETFL);
+    const int flags = fcntl(fd, F_GETFL);
     if (flags < 0) {
         return PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, path);
     }
-    Source *self = source_alloc(type, path);
-    if (self == NULL) {
+    return (PyObject *)gdsdirect_source_own_fd(type, fd, flags, path);
+}
+
+/* bind(...): it is an NVMe namespace, and these are the bounds of its commands. Once, before anybody reads. */
+static PyObject *
+source_bind(Source *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"nsid",          "lba_size",      "capacity", "max_transfer",
+                            "safe_transfer", "metadata_size", NULL};
+    unsigned int nsid, lba_size, metadata_size;
+    unsigned long long capacity, max_transfer, safe_transfer;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$IIKKKI:bind", names, &nsid, &lba_size,
+                                     &capacity, &max_transfer, &safe_transfer, &metadata_size)) {
         return NULL;
     }
     self->nsid = nsid;
     self->capacity = capacity;
     self->metadata_size = metadata_size;
     self->safe_transfer = safe_transfer < UINT32_MAX ? (uint32_t)safe_transfer : UINT32_MAX;
-    if (nsid != 0 && source_set_bounds(self, lba_size, max_transfer) < 0) {
-        Py_DECREF(self);
+    if (source_set_bounds(self, lba_size, max_transfer) < 0) {
         return NULL;
     }
-    self->fd = fd;
-    learn(self, flags);
-    return (PyObject *)self;
+    Py_RETURN_NONE;
 }
 
 Source *
@@ -353,6 +355,8 @@ static PyMethodDef source_methods[] = {
     {"fileno", (PyCFunction)source_fileno, METH_NOARGS, "The descriptor; ValueError once closed."},
     {"size", (PyCFunction)source_size, METH_NOARGS,
      "Bytes that there are; ValueError once closed."},
+    {"bind", (PyCFunction)(void (*)(void))source_bind, METH_VARARGS | METH_KEYWORDS,
+     "bind(*, nsid, lba_size, …): it is an NVMe namespace, with these bounds of its commands."},
     {"using", (PyCFunction)(void (*)(void))source_using, METH_FASTCALL,
      "using(function, *args): function(fd, *args), with the descriptor held open."},
     {0},
@@ -364,8 +368,7 @@ static PyType_Slot source_slots[] = {
     {Py_tp_traverse, source_traverse},
     {Py_tp_methods, source_methods},
     {Py_tp_getset, source_getset},
-    {Py_tp_doc, "Source(fd, path, *, nsid=0, lba_size=0, capacity=0, max_transfer=0, "
-                "safe_transfer=0, metadata_size=0)\n\n"
+    {Py_tp_doc, "Source(fd, path)\n\n"
                 "An open file that commands read from. Owns fd from then on."},
     {0, NULL},
 };

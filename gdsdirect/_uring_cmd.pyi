@@ -59,18 +59,17 @@ class Memory:
 
 @final
 class Source:
-    def __new__(
-        cls,
-        fd: int,
-        path: str,
+    def __new__(cls, fd: int, path: str) -> Self: ...
+    def bind(
+        self,
         *,
-        nsid: int = 0,
-        lba_size: int = 0,
-        capacity: int = 0,
-        max_transfer: int = 0,
-        safe_transfer: int = 0,
-        metadata_size: int = 0,
-    ) -> Self: ...
+        nsid: int,
+        lba_size: int,
+        capacity: int,
+        max_transfer: int,
+        safe_transfer: int,
+        metadata_size: int,
+    ) -> None: ...
     @property
     def direct(self) -> bool: ...
     @property
@@ -112,9 +111,7 @@ class Job(Generic[_R]):
     def fileno(self) -> int: ...
 
 @final
-class Slot:
-    @property
-    def offset(self) -> int: ...
+class Slot: ...
 
 @final
 class Slots:
@@ -123,7 +120,8 @@ class Slots:
     def __len__(self) -> int: ...
     @property
     def free(self) -> int: ...
-    def take(self, most: int, /) -> list[Slot]: ...
+    def peek(self, most: int, /) -> list[int]: ...
+    def claim(self, offset: int, /) -> Slot: ...
 
 @disjoint_base
 class Handout(Generic[_T]):

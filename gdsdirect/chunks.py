@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-    from gdsdirect._uring_cmd import Handout, Memory, Slots
+    from gdsdirect._uring_cmd import Handout, Memory, Slot, Slots
     from gdsdirect.cuda import OnGpu
     from gdsdirect.gpu_chunks import GpuChunkStream
 
@@ -51,6 +51,7 @@ else:
     _Chunks = ring_type("Handout")
 
 _CHUNK = 1 << 20
+_NOTHING = memoryview(b"")
 
 
 class Chunk:
@@ -73,10 +74,15 @@ class Chunk:
         "why",
     )
 
-    def __init__(self, buffer: GpuMappedBuffer, landed: Landed) -> None:
-        slot, begin, self.nbytes, self.file, self.offset, self.path, self.why = landed
-        # The slot is free again once this memory is gone, which its views keep.
-        self._memory: Memory | None = buffer._part(slot.offset + begin, self.nbytes, slot)
+    def __init__(self, landed: Landed) -> None:
+        _, _, self.nbytes, self.file, self.offset, self.path, self.why = landed
+        self._memory: Memory | None = None
+        self.view = _NOTHING
+
+    def _fill(self, buffer: GpuMappedBuffer, slots: Slots, landed: Landed) -> None:
+        """The slot is free again once this memory is gone, which its views keep."""
+        slot = landed.slot
+        self._memory = buffer._part(slot + landed.begin, self.nbytes, slots.claim(slot))
         self.view = memoryview(self._memory)
 
     @property
@@ -130,10 +136,13 @@ Bytes = Mapping[DataPath, int]
 class _Ahead:
     """A load that was begun, and then what came of it."""
 
-    __slots__ = ("after", "bytes", "load", "nbytes", "ready")
+    __slots__ = ("after", "begun", "bytes", "delivering", "load", "nbytes", "ready", "slots")
 
     def __init__(self, load: Load) -> None:
         self.load: Load | None = load  # until it has landed
+        self.begun = False
+        self.delivering = False  # chunks that have its slots are being made
+        self.slots: list[Slot] | None = None  # until its chunks have them
         self.after = load.after
         self.nbytes = load.nbytes
         self.ready: deque[Chunk | Exception] | None = None  # once it has
@@ -199,28 +208,58 @@ class ChunkStream(_Chunks):
 
     def _read_ahead(self, ring: SharedRing) -> None:
         """Load into what is free."""
+        # An exception may have come before one of them had its slots, or was begun.
+        for ahead in self._ahead:
+            self._begin(ahead)
         while self._slots.free >= self._enough or (self._slots.free and not self._ahead):
             load = self._supply.load(self._next_place(), ring, self._slots)
             if load is None:
                 break
             self._ahead.append(_Ahead(load))
+            self._begin(self._ahead[-1])
+
+    def _begin(self, ahead: _Ahead) -> None:
+        """Give a load its slots, and have it under way."""
+        load = ahead.load
+        if load is None or ahead.ready is not None:
+            return
+        if ahead.slots is None or ahead.delivering:
+            # No local has them: an exception keeps those of its frames. Chunks that it came before
+            # have none of them any more.
+            ahead.slots = list(map(self._slots.claim, load.slots))
+            ahead.delivering = False
+        if not ahead.begun:
             load.start()
+            ahead.begun = True
 
     def _deliver(self, ahead: _Ahead, loaded: Loaded) -> None:
         """What a load has brought is ready, unless another task was here before."""
         if ahead.ready is not None or self._closed:
             return
-        chunks = [
-            each if isinstance(each, Exception) else Chunk(self._buffer, each) for each in loaded
-        ]
         total = Counter(self._bytes)
-        for each, chunk in zip(loaded, chunks, strict=True):
-            if isinstance(chunk, Chunk) and isinstance(each, Landed):
-                self._chunks[each.slot.offset] = ref(chunk)
-                total[chunk.path] += chunk.nbytes
+        for each in loaded:
+            if isinstance(each, Landed):
+                total[each.path] += each.nbytes
         ahead.bytes = total
-        ahead.ready = deque(chunks)
-        ahead.load = None
+        # No local has the chunks: an exception keeps those of its frames.
+        ahead.delivering = True
+        ahead.ready = deque(map(self._chunk_of, loaded))
+        ahead.load = ahead.slots = None
+
+    def _chunk_of(self, landed: Landed | Exception) -> Chunk | Exception:
+        if isinstance(landed, Exception):
+            return landed
+        before = self._last_of(landed.slot)
+        if before is not None:  # which an exception left behind in some frame
+            before.release()
+        chunk = Chunk(landed)
+        self._chunks[landed.slot] = ref(chunk)  # first, so that the stream's end releases it
+        chunk._fill(self._buffer, self._slots, landed)
+        return chunk
+
+    def _last_of(self, slot: int) -> Chunk | None:
+        last = self._chunks.get(slot)
+        return None if last is None else last()
 
     def _is_ready(self) -> bool:
         """Whether there is a chunk to hand out; loads that have none any more leave."""
@@ -331,8 +370,8 @@ class ChunkStream(_Chunks):
         """What is to be closed yet."""
         self._closed = True
         loads = [ahead.load for ahead in self._ahead if ahead.load is not None]
-        for last in list(self._chunks.values()):
-            chunk = last()
+        for slot in list(self._chunks):
+            chunk = self._last_of(slot)
             if chunk is not None:
                 chunk.release()
         self._ready = None

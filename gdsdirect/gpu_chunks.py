@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from gdsdirect import chunks
 from gdsdirect.cuda import LEGACY, DeviceMemory, Event, device, stream_handle
-from gdsdirect.errors import CudaError, WayClosedError
+from gdsdirect.errors import CudaError, WayClosedError, ring_module
 from gdsdirect.gpu import Pool, Slots, pool_of, ways_to_slots
 from gdsdirect.relay import next_of
 from gdsdirect.stream import DataPath
@@ -19,6 +18,7 @@ from gdsdirect.stream import DataPath
 if TYPE_CHECKING:
     import asyncio
 
+    from gdsdirect._uring_cmd import Turn
     from gdsdirect.chunks import Chunk, ChunkStream, StreamProgress, Supplies
     from gdsdirect.cuda import OnGpu
 
@@ -130,7 +130,7 @@ class GpuChunkStream:
         self._begun = 0.0
         self._nbytes = 0
         self._ways: dict[DataPath, int] = {}
-        self._turn = threading.Lock()  # of whoever asks for the next chunk
+        self._turn: Turn = ring_module().Turn()  # of whoever asks for the next chunk
         self._turn_async: asyncio.Lock | None = None
         self._wanted: Callable[[], object] | None = None
         self._closed = False
@@ -183,20 +183,22 @@ class GpuChunkStream:
 
     def _next(self) -> GpuChunk | None:
         """The next chunk; None: there are no more."""
-        with self._turn:
-            if self._closed:
-                raise ValueError("the stream is closed")
-            self._begun = self._begun or time.monotonic()
-            if self._slots is None:
-                return None
-            try:
-                # Two for each that is handed out, so that some get ahead and nobody waits for all.
-                if self._take_one(self._slots):
-                    self._take_one(self._slots)
-                return self._hand_out()
-            except CudaError:
-                self._give_up()
-                raise
+        return self._turn.run(self._next_in_turn)
+
+    def _next_in_turn(self) -> GpuChunk | None:
+        if self._closed:
+            raise ValueError("the stream is closed")
+        self._begun = self._begun or time.monotonic()
+        if self._slots is None:
+            return None
+        try:
+            # Two for each that is handed out, so that some get ahead and nobody waits for all.
+            if self._take_one(self._slots):
+                self._take_one(self._slots)
+            return self._hand_out()
+        except CudaError:
+            self._give_up()
+            raise
 
     def _hand_out(self) -> GpuChunk | None:
         if not self._ahead:
@@ -272,11 +274,13 @@ class GpuChunkStream:
 
     def close(self) -> None:
         """Read nothing more, and wait for what is in flight. Chunks keep their bytes."""
-        with self._turn:
-            self._closed = True
-            if self._wanted is not None:  # whoever waits for a place is told
-                self._wanted()
-            self._give_up()
+        self._turn.run(self._close)
+
+    def _close(self) -> None:
+        self._closed = True
+        if self._wanted is not None:  # whoever waits for a place is told
+            self._wanted()
+        self._give_up()
 
     async def aclose(self) -> None:
         """The same for asyncio."""

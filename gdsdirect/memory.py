@@ -260,7 +260,9 @@ class GpuMappedBuffer(Memory):
         """Give back the ring that files are read by, which nothing needs any more."""
         ring = self._rings.get(os.getpid())
         if ring is not None and ring._close_if_idle():
-            ring.buffer.close()  # errors may hold the ring for long
+            # Errors may hold the ring for long, and what used its memory.
+            with contextlib.suppress(BufferError):
+                ring.buffer.close()
         self._rings.clear()
 
     @property

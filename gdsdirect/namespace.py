@@ -10,10 +10,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from gdsdirect.errors import call_error, ring_module
 from gdsdirect.sysfs import Device, NvmeNamespaceNodes, Sysfs
+
+if TYPE_CHECKING:
+    from gdsdirect._uring_cmd import Source
 
 _LARGEST_NSID = 0xFFFFFFFE  # FFFFFFFFh addresses all namespaces, Base Specification 2.0, 3.2.1
 _LARGEST_METADATA = 0xFFFF  # LBA Format's MS field
@@ -254,43 +257,39 @@ class Namespace:
         self._extended: bool | None = None
         limit = _SAFE_TRANSFER
 
+        # It has the descriptor from its opening on: no exception can come between.
         if geometry is None:
-            fd, geometry, limit = self._open_and_ask(ring)
+            source, geometry, limit = self._open_and_ask(ring)
         else:
-            fd = _open(self._path)
+            source = _open(ring, self._path)
         self._geometry = geometry
         self._safe_transfer = max(
             min(geometry.max_transfer, limit - limit % geometry.lba_size), geometry.lba_size
         )
-        try:
-            self._source = ring.Source(
-                fd,
-                self._path,
-                nsid=geometry.nsid,
-                lba_size=geometry.lba_size,
-                capacity=geometry.capacity,
-                max_transfer=geometry.max_transfer,
-                safe_transfer=self._safe_transfer,
-                metadata_size=geometry.metadata_size,
-            )
-        except Exception:  # an interrupt, which is none, arrives when the source has taken fd over
-            os.close(fd)
-            raise
+        source.bind(
+            nsid=geometry.nsid,
+            lba_size=geometry.lba_size,
+            capacity=geometry.capacity,
+            max_transfer=geometry.max_transfer,
+            safe_transfer=self._safe_transfer,
+            metadata_size=geometry.metadata_size,
+        )
+        self._source = source
 
-    def _open_and_ask(self, ring: ModuleType) -> tuple[int, Geometry, int]:
+    def _open_and_ask(self, ring: ModuleType) -> tuple[Source, Geometry, int]:
         sysfs = Sysfs()
         self._path, number, nodes = _find_generic(self._path, sysfs)
-        fd = _open(self._path)
+        source = _open(ring, self._path)
         try:
-            _require_device(fd, self._path, number)
-            geometry, self._extended = _ask(fd, self._path, nodes, sysfs, ring)
+            source.using(_require_device, self._path, number)
+            geometry, self._extended = source.using(_ask, self._path, nodes, sysfs, ring)
         except BaseException:
-            os.close(fd)
+            source.close()
             raise
         self._identify(nodes, sysfs)
         segments = sysfs.read_int(nodes.disk, "queue/max_segments") if nodes.disk else None
         # One segment less than there are: memory that doesn't start with a page spans one more.
-        return fd, geometry, (segments - 1) * _PAGE if segments else _SAFE_TRANSFER
+        return source, geometry, (segments - 1) * _PAGE if segments else _SAFE_TRANSFER
 
     def _identify(self, nodes: NvmeNamespaceNodes, sysfs: Sysfs) -> None:
         for controller in nodes.controllers[:1]:
@@ -429,9 +428,10 @@ def _find_generic(path: str, sysfs: Sysfs) -> tuple[str, int | None, NvmeNamespa
     return os.path.join(os.path.dirname(node), nodes.generic), nodes.generic_number, nodes
 
 
-def _open(path: str) -> int:
+def _open(ring: ModuleType, path: str) -> Source:
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        source: Source = ring.open_source(path, os.O_RDONLY, path)
+        return source
     except OSError as error:
         raise _access_error(error, path) from None
 

@@ -25,7 +25,7 @@ from gdsdirect.transfer import PIECE, Transfer, to_the_end, to_the_end_async
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
-    from gdsdirect._uring_cmd import Job, Slot, Slots, Source, Turn
+    from gdsdirect._uring_cmd import Job, Slots, Source, Turn
 
 GRAIN = 4096  # bytes; slots begin and end at multiples of it, as almost all direct reads may
 BATCH = 32  # small files read in one batch, at most
@@ -34,9 +34,9 @@ _OPENS = 256  # files opened in one batch
 
 
 class Landed(NamedTuple):
-    """A chunk to be: its slot, where in that its bytes begin, and what a Chunk tells of them."""
+    """A chunk to be: its slot's offset, where in that its bytes begin, and what a Chunk tells."""
 
-    slot: Slot
+    slot: int
     begin: int
     nbytes: int
     file: str
@@ -55,7 +55,8 @@ Place = tuple[int, int]
 class Load(Protocol):
     """Some chunks that are read together."""
 
-    slots: Sequence[Slot]
+    slots: Sequence[int]
+    """The offsets of those that it reads into."""
     nbytes: int
     after: Place
     """Where the next load begins."""
@@ -86,7 +87,7 @@ class RingLoad:
     def __init__(
         self,
         make: Callable[[], Generator[Requests, None, Loaded]],
-        slots: list[Slot],
+        slots: list[int],
         nbytes: int,
         after: Place,
     ) -> None:
@@ -94,7 +95,7 @@ class RingLoad:
         self._begun: tuple[Generator[Requests, None, Loaded], Requests] | None = None
         self._loaded: Loaded | None = None
         self._closed = False
-        self.slots: Sequence[Slot] = slots
+        self.slots: Sequence[int] = slots
         self.nbytes = nbytes
         self.after = after
 
@@ -166,7 +167,7 @@ class CopyLoad:
         ring: SharedRing,
         copy: Callable[[], Job[list[int]]],
         land: Callable[[list[int]], Generator[Requests, None, Loaded]],
-        slots: list[Slot],
+        slots: list[int],
         nbytes: int,
         after: Place,
     ) -> None:
@@ -176,7 +177,7 @@ class CopyLoad:
         self._land = land
         self._job: Job[list[int]] | None = None
         self._closed = False
-        self.slots: Sequence[Slot] = slots
+        self.slots: Sequence[int] = slots
         self.nbytes = nbytes
         self.after = after
 
@@ -220,7 +221,7 @@ class FailedLoad:
 
     def __init__(self, error: Exception, after: Place) -> None:
         self._error = error
-        self.slots: Sequence[Slot] = ()
+        self.slots: Sequence[int] = ()
         self.after = after
 
     def start(self) -> None: ...
@@ -307,14 +308,14 @@ class OneFile:
         if self.exhausted(place):
             return None
         plain = self._is_plain(ring)
-        taken = slots.take(BATCH if plain else 1)
+        taken = slots.peek(BATCH if plain else 1)
         offset = place[1]
-        parts: list[tuple[Range, Slot]] = []
+        parts: list[tuple[Range, int]] = []
         for slot in taken:
             if parts and offset >= self._end:
                 break
             size = min(self._chunk_size, self._end - offset)
-            parts.append((Range(offset, size, slot.offset), slot))
+            parts.append((Range(offset, size, slot), slot))
             offset += size
         if not parts:
             return None
@@ -342,7 +343,7 @@ class OneFile:
         return _way(ring, self._origin.undirected is None)
 
     def _read_all(
-        self, ring: SharedRing, parts: list[tuple[Range, Slot]]
+        self, ring: SharedRing, parts: list[tuple[Range, int]]
     ) -> Generator[Requests, None, Loaded]:
         origin, way = self._origin, self._way(ring)
         grain = 1 if way is DataPath.BUFFERED else GRAIN
@@ -368,7 +369,7 @@ class OneFile:
         return landed
 
     def _read_one(
-        self, ring: SharedRing, parts: list[tuple[Range, Slot]]
+        self, ring: SharedRing, parts: list[tuple[Range, int]]
     ) -> Generator[Requests, None, Loaded]:
         try:
             return (yield from self._read(ring, *parts[0]))
@@ -376,7 +377,7 @@ class OneFile:
             return [error]
 
     def _read(
-        self, ring: SharedRing, part: Range, slot: Slot
+        self, ring: SharedRing, part: Range, slot: int
     ) -> Generator[Requests, None, list[Landed]]:
         offset, size, target = part
         whole_blocks = self._origin.alignment <= GRAIN
@@ -474,11 +475,10 @@ class ManyFiles:
             return None
         way = _way(ring, self._direct)
         if offset == 0 and (self._require is None or way in self._require):
-            taken = slots.take(BATCH)
+            taken = slots.peek(BATCH)
             some = self._small(opened[number % _OPENS :][: len(taken)])
             if some:
                 return self._load_small(number, ring, way, some, taken[: len(some)])
-            del taken
         try:
             large = self._alone(number)
         except (OSError, ValueError) as error:
@@ -494,7 +494,7 @@ class ManyFiles:
         return source is not None and source.direct == self._direct and 0 < size <= self._chunk_size
 
     def _load_small(
-        self, number: int, ring: SharedRing, way: DataPath, some: list[_Opened], slots: list[Slot]
+        self, number: int, ring: SharedRing, way: DataPath, some: list[_Opened], slots: list[int]
     ) -> Load:
         nbytes = sum(size for _, _, size in some)
         after = (number + len(some), 0)
@@ -516,13 +516,13 @@ class ManyFiles:
         return found
 
     def _read(
-        self, ring: SharedRing, way: DataPath, some: list[_Opened], slots: list[Slot]
+        self, ring: SharedRing, way: DataPath, some: list[_Opened], slots: list[int]
     ) -> Generator[Requests, None, Loaded]:
         sizes = [size for _, _, size in some]
         arrays = (
             array("Q", bytes(8 * len(some))),
             array("I", [size + -size % GRAIN for size in sizes]),
-            array("Q", [slot.offset for slot in slots]),
+            array("Q", slots),
         )
         request = ring.files(_sources(some), arrays, fixed=ring.registered)
         yield (request,)
@@ -533,17 +533,17 @@ class ManyFiles:
         return landed
 
     @staticmethod
-    def _copy(ring: SharedRing, some: list[_Opened], slots: list[Slot]) -> Job[list[int]]:
+    def _copy(ring: SharedRing, some: list[_Opened], slots: list[int]) -> Job[list[int]]:
         job: Job[list[int]] = ring_module().read_sources(
             ring.buffer,
             _sources(some),
             tuple(size for _, _, size in some),
-            tuple(slot.offset for slot in slots),
+            tuple(slots),
         )
         return job
 
     def _copied(
-        self, ring: SharedRing, some: list[_Opened], slots: list[Slot], came: list[int]
+        self, ring: SharedRing, some: list[_Opened], slots: list[int], came: list[int]
     ) -> Generator[Requests, None, Loaded]:
         landed = _landed(some, slots, DataPath.BUFFERED, "it was opened with direct=False")
         for index, (nbytes, (_, _, size)) in enumerate(zip(came, some, strict=True)):
@@ -552,14 +552,14 @@ class ManyFiles:
         return landed
 
     def _again(
-        self, ring: SharedRing, opened: _Opened, slot: Slot
+        self, ring: SharedRing, opened: _Opened, slot: int
     ) -> Generator[Requests, None, Landed | Exception]:
         """A file that was cut off meanwhile, or refused."""
         path, source, size = opened
         try:
             origin = Origin(path, direct=self._direct, opened=source)
             transfer = Transfer(origin, ring, self._require)
-            result = yield from transfer.read(Range(0, size, slot.offset))
+            result = yield from transfer.read(Range(0, size, slot))
         except (OSError, ValueError) as error:
             return error
         return Landed(slot, 0, result.nbytes, path, 0, result.path, result.why)
@@ -588,10 +588,10 @@ async def arrival(job: Job[Any]) -> None:
 
 
 def _wake_all(loop: AbstractEventLoop, job: Job[Any]) -> None:
-    loop.remove_reader(job.fileno())
     for future in job.waiting:
         if not future.done():
             future.set_result(None)
+    loop.remove_reader(job.fileno())  # last: after an exception the loop calls once more
 
 
 def _sources(some: list[_Opened]) -> tuple[Source, ...]:
@@ -599,7 +599,7 @@ def _sources(some: list[_Opened]) -> tuple[Source, ...]:
 
 
 def _landed(
-    some: list[_Opened], slots: list[Slot], way: DataPath, why: str | None
+    some: list[_Opened], slots: list[int], way: DataPath, why: str | None
 ) -> list[Landed | Exception]:
     """Chunks of whole files, all of which went one way."""
     return [
