@@ -18,7 +18,7 @@ ring_of(const struct request *given_up)
     return (Ring *)given_up->ring;
 }
 
-/* In a fork's child those of its parent are nothing, and a thread of the parent's may have the lock. */
+/* In a fork's child the parent's requests mean nothing, and a thread of the parent's may have the lock. */
 static bool
 has_given_up(struct given_up *given_up)
 {
@@ -414,8 +414,8 @@ give_back_bounce_locked(Ring *self, const struct request *request, size_t index)
     self->bounce.free[self->bounce.free_count++] = (uint8_t)request->bounces[index].slot;
 }
 
-/* A command that the kernel has not consumed is to be sent yet: it is the last that its request sent, as
- * they are taken back from the queue's end. */
+/* A command that the kernel has not consumed is still to be sent. It is the last one that its request
+ * sent, since commands are taken back from the queue's end. */
 static void
 take_back_locked(Ring *self, struct slot *slot)
 {
@@ -452,7 +452,7 @@ request_pump_locked(Ring *self)
         CHAOS_POINT();
         take_back_locked(self, slot);
     }
-    /* No memory for a request now: a completion gives some back, and looks here again. */
+    /* The kernel has no memory now. A completion gives some back, and pumps again. */
     if ((result == EAGAIN || result == EBUSY) && inflight_count(&self->table) > 0) {
         return;
     }
@@ -463,7 +463,7 @@ request_pump_locked(Ring *self)
 
 /* ---- Coming back ------------------------------------------------------------------------- */
 
-/* What is wanted of an aligned read goes where it is wanted. */
+/* Copies the wanted part of an aligned read to its place. */
 static void
 copy_wanted_locked(Ring *self, const struct request *request, const struct slot *slot,
                    uint32_t nbytes)

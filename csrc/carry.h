@@ -18,7 +18,7 @@ void request_give_up_locked(Ring *self, struct request *request);
 /* Has the event loop that waits for it look at it. */
 void request_tell_locked(struct request *request);
 
-/* The ring's user leaves it with commands in flight: they are a request from now on, and given up. With the
+/* Makes one request of the commands in flight, and gives it up: the ring's user leaves the ring. With the
  * GIL held. */
 void request_adopt_locked(Ring *self);
 

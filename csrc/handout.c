@@ -14,16 +14,16 @@
 
 /* ---- Turn -------------------------------------------------------------------------------- */
 
-/* A lock that is left by no exception. A thread that has it, and comes again, goes on: it is a signal
- * handler or a finalizer, and would wait for itself. */
+/* A lock that no exception leaves locked. A thread that has it, and comes again, goes on: a signal handler
+ * or a finalizer would else wait for its own thread. */
 struct turn {
     PyThread_type_lock lock;
     _Atomic unsigned long owner;
     pid_t process;
 };
 
-/* In a fork's child a thread of the parent's may have it, which isn't there: the child has a lock anew. -1
- * with MemoryError. */
+/* In a fork's child, a thread of the parent's may have the lock, and is not there to give it back: the child
+ * makes a new one. -1 with MemoryError. */
 static int
 turn_begin_anew(struct turn *turn)
 {
@@ -242,8 +242,8 @@ then_begin(Then *self)
     return 0;
 }
 
-/* What is handed out is the value of a StopIteration, which a tuple or an exception would be taken for the
- * arguments of. */
+/* Raises StopIteration with the value. The instance is made here: else a tuple would be taken for the
+ * arguments, and an exception for the instance. */
 static void
 then_stop(PyObject *value)
 {
@@ -673,7 +673,7 @@ typedef struct {
     PyObject_HEAD
     struct turn turn;
     PyObject *ready; /* a deque of what is to be handed out next, exceptions at their turn */
-    PyObject *slots; /* whose free ones are to be filled before that, once there are enough */
+    PyObject *slots; /* once enough of them are free, they are filled before that */
     Py_ssize_t enough;
 } Handout;
 

@@ -1,10 +1,11 @@
 /*
  * The table of commands in flight: who owns which source until when.
  *
- * A command takes a slot before the kernel sees it, and gives it back when its CQE was consumed. If it is
- * of a request, that takes in what became of it; else the outcome waits in a queue until the caller takes it. The source that it reads from is held from
- * the slot's first moment until the outcome was handed out, since an error's text needs it. The
- * memory needs no entry here: a ring has one, and holds it as long as any slot is taken.
+ * A command takes a slot before the kernel sees it, and gives it back when its CQE was consumed. If it
+ * belongs to a request, the request takes in what became of it. Else the outcome waits in a queue until
+ * the caller takes it. The source that it reads from is held from the slot's first moment until the
+ * outcome was handed out, since an error's text needs it. The memory needs no entry here: a ring has
+ * one, and holds it as long as any slot is taken.
  *
  * `user_data` in the SQE is a slot and its generation, never a pointer: a CQE that came twice, or
  * from nowhere, finds a generation that doesn't match and touches nothing.
@@ -189,8 +190,8 @@ holder_is_busy(const struct holder *holder)
     return holder->flying + holder->waiting > 0;
 }
 
-/* The holder that `source` has already, or NOBODY. Looked for are those that may be registered; of
- * more sources in flight than these one may have several. */
+/* The holder that `source` has already, or NOBODY. It looks only at holders that may be registered:
+ * with more sources in flight than that, a source may have several. */
 static inline uint32_t
 holder_find(const struct inflight *table, const Source *source)
 {
@@ -258,7 +259,7 @@ holder_finish(struct inflight *table, uint32_t index)
     table->finished_holder = index;
 }
 
-/* `count` outcomes, requests or batches less. */
+/* `count` outcomes, requests or batches need the holder no more. */
 static inline void
 holder_drop(struct inflight *table, uint32_t index, uint32_t count)
 {
@@ -269,8 +270,8 @@ holder_drop(struct inflight *table, uint32_t index, uint32_t count)
     }
 }
 
-/* The ring's table of files is gone: what it held goes too, but for what an outcome or a batch that is
- * on its way needs still, and lets go of by holder_drop. */
+/* The ring's table of files is gone. Holders that only the table needed end now; those that an outcome
+ * or a batch still needs end by holder_drop. */
 static inline void
 holders_unregister(struct inflight *table)
 {

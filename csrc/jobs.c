@@ -150,7 +150,7 @@ gdsdirect_workers_init(struct workers *workers)
     begin(workers);
 }
 
-/* Their state goes with the module: no Job is there any more, and no thread may be. */
+/* Waits until no thread is left: their state goes with the module. No Job is there any more. */
 void
 gdsdirect_workers_end(struct workers *workers)
 {

@@ -420,7 +420,7 @@ list_of_completions(Ring *self, PyObject *make, const struct taken *taken, size_
     return list;
 }
 
-/* They are in the caller's hands; or, where that failed, in the queue again as they were. */
+/* The caller has them now. Where that failed, they go back into the queue as they were. */
 static void
 settle_taken_locked(Ring *self, const struct taken *taken, size_t count, bool handed_over)
 {

@@ -9,7 +9,7 @@
 /* Consumes the CQEs that are there. */
 void ring_reap_locked(Ring *self);
 
-/* Consumes also what the kernel posts only when it is asked. */
+/* The same, with the CQEs that the kernel posts only when it is asked. */
 void ring_fetch_locked(Ring *self);
 
 /* Waits, without the lock, until something has changed: a CQE came, time is up, or another thread

@@ -23,7 +23,7 @@
 
 #include "inflight.h"
 
-/* Of an aligned read into a bounce slot: what is wanted of it. */
+/* The wanted part of an aligned read into a bounce slot. */
 struct bounce {
     uint32_t skip;   /* bytes before it */
     uint32_t wanted; /* bytes */

@@ -53,7 +53,7 @@ way_of_request(const struct request *request, bool fixed)
     return !source->is_direct ? WAY_BUFFERED : fixed ? WAY_FILE_FIXED : WAY_FILE_DIRECT;
 }
 
-/* The memory as its user has it, whose end the ring outlives. -1 with ValueError: it is gone. */
+/* Takes the buffer itself, which a shared ring may outlive. -1 with ValueError: it is gone. */
 static int
 borrow_memory(Ring *self, struct request *request)
 {
@@ -218,7 +218,7 @@ has_unstarted(PyObject *requests)
     return false;
 }
 
-/* The requests of a tuple, checked to be of this ring. -1 with TypeError. */
+/* Checks that a tuple has requests of this ring alone. -1 with TypeError. */
 static int
 check_requests(Ring *self, PyObject *requests)
 {
@@ -310,8 +310,8 @@ carry_out(Ring *self, PyObject *requests, int64_t deadline, bool keep, Py_ssize_
 }
 
 /* _carry_out(requests, deadline, give_up=True): starts those of the tuple that aren't started, and waits until
- * all have finished. After an exception all of them are given up, or stay as they are. `deadline` is a moment of time.monotonic_ns(), or
- * None; TimeoutError when it has come. */
+ * all have finished. After an exception all of them are given up; with give_up=False they stay as they are.
+ * `deadline` is a moment of time.monotonic_ns(), or None; TimeoutError when it has come. */
 PyObject *
 ring_carry_out(Ring *self, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -604,8 +604,8 @@ look_again(Ring *self, struct watch *watch)
     Py_END_ALLOW_THREADS
 }
 
-/* _arrived(watch): consumes what is there, and sets the futures of requests that have finished. What an
- * exception leaves is told of again. */
+/* _arrived(watch): consumes what is there, and sets the futures of requests that have finished. The loop
+ * is told again of futures that an exception left. */
 PyObject *
 ring_arrived(Ring *self, PyObject *object)
 {
@@ -673,7 +673,7 @@ short_read_get(PyObject *const *args, struct short_read *read)
     return 0;
 }
 
-/* Whether one read brings it. */
+/* Whether a single read can bring it. */
 static bool
 is_short(const Ring *self, const struct short_read *read)
 {
@@ -688,7 +688,7 @@ is_short(const Ring *self, const struct short_read *read)
 }
 
 /* Whether the file has all of it now: with O_DIRECT the kernel fills the block that the file ends in, also
- * behind its end. What is closed is told of later. */
+ * behind its end. A source that is closed is reported later. */
 static bool
 is_in_the_file(Source *source, const struct short_read *read)
 {

@@ -260,7 +260,7 @@ arrival_fd_locked(Ring *self)
     return self->arrival_fd;
 }
 
-/* Whether anything wakes those who sleep until completions come, in this thread. */
+/* 0 if something wakes a thread that sleeps until completions come; else -1 with an exception. */
 static int
 check_wakes(Ring *self)
 {
@@ -445,7 +445,7 @@ watch_get_event(const Watch *self, void *Py_UNUSED(closure))
     return PyLong_FromLong(self->watch->event_fd);
 }
 
-/* The ring and this have it; the others are requests. */
+/* The ring and this object are two of the holders; the others are requests. */
 static PyObject *
 watch_get_requests(const Watch *self, void *Py_UNUSED(closure))
 {

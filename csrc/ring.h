@@ -18,11 +18,12 @@
  * or released, since that can call back into the same ring. So functions that end in `_locked`
  * answer with an `outcome` code that ring_raise turns into an exception after the lock is free.
  *
- * Waiting. One thread at a time, the leader, waits in the kernel; all others, the followers, each wait
- * on a futex word of its own, in a list of the ring's. Only then can no CQE be consumed behind the back
- * of one who is about to wait for it. Whoever consumes completions wakes the followers that they are
- * for; whoever stops to lead, or is woken and goes away without leading, wakes another to lead. Both
- * kinds of wait end when a signal arrives, and after a second, to look for one that came just before.
+ * Waiting. One thread at a time, the leader, waits in the kernel. Each of the others, the followers,
+ * waits on a futex word of its own, in a list of the ring's. So nobody can consume a CQE unnoticed
+ * while another thread is about to wait for it. A thread that consumes completions wakes the followers
+ * that wait for them. A thread that stops leading, or that is woken and leaves without leading, wakes
+ * another to lead. Both kinds of wait end when a signal arrives, and after a second, to look for a
+ * signal that came just before. docs/engine.md has all of it.
  */
 #ifndef GDSDIRECT_RING_H
 #define GDSDIRECT_RING_H
@@ -89,14 +90,14 @@ typedef struct {
     PyObject_HEAD
     struct module_state *module;
     Memory *memory;      /* its numbers are good until the ring is freed */
-    PyObject *lender;    /* of a shared one: a weak reference to the buffer that it is of */
-    Py_buffer export;    /* of it: until that is released the memory can't be closed */
+    PyObject *lender;    /* of a shared ring: a weak reference to its buffer */
+    Py_buffer export;    /* of the memory, which can't be closed before this is released */
     uint32_t registered; /* buffers registered with the kernel, each of 1 GiB but the last; or 0 */
     int register_errno;  /* why there are none */
     _Atomic uint32_t registered_most; /* bytes of a passthrough command that goes into one */
-    bool shared;          /* by all reads of files into a buffer; its user knows nothing of it */
-    bool registers_files; /* the ring has a table of REGISTERED_FILES files */
-    unsigned enter_flags; /* IORING_ENTER_REGISTERED_RING, or 0 */
+    bool shared;                      /* all reads of files into a buffer go by it */
+    bool registers_files;             /* the ring has a table of REGISTERED_FILES files */
+    unsigned enter_flags;             /* IORING_ENTER_REGISTERED_RING, or 0 */
     unsigned setup_flags;
     pthread_t owner_thread; /* the one that may call, with single_thread */
     char *fork_mark;        /* a page that holds 1, and 0 in a child after fork */
@@ -114,14 +115,14 @@ typedef struct {
     struct request *first_queued; /* requests with commands to send, in turn; by `next` */
     struct request *last_queued;
     uint32_t requests; /* started and not finished */
-    uint32_t unowned;  /* references to this ring that finished requests had: to be let go of */
+    uint32_t unowned;  /* references to this ring that finished requests had, to be released */
     struct request *to_free; /* finished, and nobody has them; by `next` */
     struct bounce_memory bounce;
     struct request
-        remnant; /* what callers submitted, once its ring is left by its user: see carry.h */
+        remnant; /* the commands in flight, once the ring's user has left it: see carry.h */
 
     bool has_leader;
-    bool leader_called;     /* it was sent enough CQEs of our own to come back */
+    bool leader_called;     /* it was sent as many CQEs of our own as bring it back */
     unsigned leader_awaits; /* CQEs that the leader waits for */
     struct follower *followers;
 
@@ -201,8 +202,8 @@ int64_t ring_now(void);
 struct timespec ring_time_left(int64_t deadline);
 
 /* Wakes the event loops that wait for completions, to look again: there are more, nothing is left to
- * wait for, or the stream was closed. Each has an eventfd of its own, since one that was shared would
- * be cleared by the first to look. A CQE that nobody has consumed they see on the ring's descriptor. */
+ * wait for, or the stream was closed. Each has an eventfd of its own, since the first to look would
+ * clear a shared one. They see a CQE that nobody has consumed on the ring's descriptor. */
 void ring_tell_watches_locked(Ring *self);
 
 /* Watch: the two descriptors that an event loop reads, for as long as it has this. */

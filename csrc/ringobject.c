@@ -35,7 +35,7 @@ power_of_two(uint32_t at_least)
 
 #define IDLE_DEPTH 128 /* the default */
 
-/* In a fork's child those of its parent are nothing. */
+/* In a fork's child the parent's rings mean nothing. */
 static void
 idle_of_this_process_locked(struct idle_rings *idle)
 {
@@ -143,9 +143,9 @@ open_ring(Ring *self, uint32_t depth)
     return -result;
 }
 
-/* What makes commands cheaper and can be done without: a table of registered files, so that the kernel
- * takes no reference to the file for each command, and the ring's descriptor registered too, which
- * holds for one thread. */
+/* Registers what makes commands cheaper, and isn't necessary: a table of files, so that the kernel takes
+ * no reference to the file for each command, and the ring's own descriptor, which then is good for one
+ * thread. */
 static void
 register_what_works(Ring *self)
 {
@@ -333,7 +333,7 @@ give_back(Ring *self, struct remains *remains)
     CHAOS_POINT();
     if (ring->ring_fd >= 0) {
         const bool forked = ring_is_forked(self);
-        /* What is left to the ring's end a kernel thread lets go of, some time after it. */
+        /* A kernel thread lets go of what is left to the ring's end, some time after it. */
         if (remains->has_files && !forked) {
             io_uring_unregister_files(ring);
         }
@@ -367,8 +367,8 @@ give_back(Ring *self, struct remains *remains)
     atomic_store(&self->given_back, true);
 }
 
-/* Another thread that closes the ring has it closed, but may still have things of it. -1 with an exception of
- * a signal handler's. */
+/* Another thread may have closed the ring, and may not have given back all of it yet. -1 with an exception
+ * of a signal handler's. */
 static int
 wait_until_given_back(const Ring *self)
 {

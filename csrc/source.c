@@ -29,7 +29,7 @@ gdsdirect_source_acquire(Source *source)
     return true;
 }
 
-/* The one who leaves last, when it is closed, closes the descriptor: here or in close(). */
+/* The last user of a closed source closes the descriptor: here, or in close(). */
 void
 gdsdirect_source_release(Source *source)
 {
@@ -188,7 +188,7 @@ waits_for_others(int fd)
            fstat(fd, &file) == 0 && S_ISREG(file.st_mode) && !is_in_memory(fd);
 }
 
-/* What a file is read by. */
+/* Finds out how the file is to be read. */
 static void
 learn(Source *self, int flags)
 {

@@ -170,7 +170,7 @@ class ChunkStream(_Chunks):
         self._enough = max(1, min(BATCH, len(self._slots) // 8))
         self._reader: object = None  # None, or what reads it: threads, or one event loop
         self._ring: SharedRing | None = None
-        # What the stream is at: loads in order, and where the one behind the last that left began.
+        # Where the stream is: its loads in order, and the place behind the last load that left.
         self._ahead: deque[_Ahead] = deque()
         self._place = supply.first
         self._bytes: Bytes = {}  # of loads that left

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 _BOUNCE_SLOTS = 32  # of SLOT bytes; csrc/ring.h has both
 
-# Registering touches all pages first, and a read touches those of its own while others are on their
-# way: of new memory that is a tenth of the time.
+# Registering touches all pages of the memory first. A read touches its own while others are on
+# their way, so that new memory that isn't registered takes a tenth less time.
 _ONCE = "memory that is read into once is not registered"
 
 Arrays = tuple["array[int]", "array[int]", "array[int]"]
@@ -106,7 +106,7 @@ class SharedRing(AsyncUringStream):
             raise
 
     async def finish(self, requests: Requests) -> None:
-        """The same, but for what comes after an exception: they stay as they are."""
+        """The same, but after an exception the requests stay as they are."""
         import asyncio
 
         loop = asyncio.get_running_loop()

@@ -336,10 +336,8 @@ class AsyncUringStream(Ring):
 
     def _look_again(self, watch: _Watch) -> None:
         """All tasks of a loop look again, and those whose request has finished go on."""
-        if (
-            self._watches.get(watch.loop) is not watch
-        ):  # an exception came while it was made or ended
-            watch.end()
+        if self._watches.get(watch.loop) is not watch:
+            watch.end()  # an exception came while it was made or ended
             return
         for future in list(watch.futures):
             if not future.done():

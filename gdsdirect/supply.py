@@ -1,8 +1,8 @@
 """Supply: what a stream reads next, as loads of one chunk or many, each into slots of a buffer.
 
-A load is made from the place where the one before it ends, and nothing changes by its making: it is
-the stream that goes on, by keeping it. So an exception can come anywhere, and what it left undone
-is made once more from the same place.
+A load is made from the place where the one before it ends. Making one changes nothing; the stream
+goes on by keeping it. So an exception can come anywhere: the load that it left undone is made once
+more, from the same place.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class RingLoad:
             raise ValueError(CLOSED)
         if self._begun is not begun or self._loaded is not None:
             return
-        # Whatever comes out of a step ends the steps: then they begin anew.
+        # An exception ends the steps. They then begin anew.
         self._begun = None
         steps = begun[0] if begun is not None else self._make()
         try:
@@ -157,9 +157,9 @@ class RingLoad:
 class CopyLoad:
     """Copied from the page cache by a thread of its own, beside the consumer and other loads.
 
-    Whoever submits a read of what is there copies it too: a ring doesn't make that any faster, a
-    second processor does, and an event loop had better not be the one. Where the load is dropped,
-    the job is ended first.
+    A ring doesn't make it faster: the thread that submits a read of cached bytes copies them too,
+    and that had better not be an event loop's. A second processor does. A load that is dropped
+    waits for its job.
     """
 
     def __init__(
@@ -456,7 +456,7 @@ class ManyFiles:
             raise ValueError(CLOSED)
         end = first + _OPENS
         if len(self._paths) < end and not self._ended:
-            # In one step, so that none is lost; those stay that came before an exception.
+            # In one step, so that no path is lost; paths that came before an exception stay.
             self._paths.extend(itertools.islice(self._coming, end - len(self._paths)))
             self._ended = len(self._paths) < end
         if first not in self._opening:
@@ -579,7 +579,7 @@ async def arrival(job: Job[Any]) -> None:
 
     loop = asyncio.get_running_loop()
     while not job.done:
-        # A descriptor has one reader in a loop: the last one to wait has all of them woken.
+        # A descriptor has one reader in a loop: that of the last to wait wakes them all.
         waiting = job.waiting
         done = loop.create_future()
         waiting.append(done)
