@@ -333,6 +333,13 @@ give_back(Ring *self, struct remains *remains)
     CHAOS_POINT();
     if (ring->ring_fd >= 0) {
         const bool forked = ring_is_forked(self);
+        if (self->enter_flags != 0 &&
+            (forked || !pthread_equal(self->owner_thread, pthread_self()))) {
+            /* A registered descriptor's index is its thread's; here it may be another ring's, which
+             * liburing (2.4) would have give back its files and buffers. No thread has this one, and
+             * the owner's end frees its own. */
+            ring->enter_ring_fd = INT_MAX;
+        }
         /* A kernel thread lets go of what is left to the ring's end, some time after it. */
         if (remains->has_files && !forked) {
             io_uring_unregister_files(ring);
@@ -343,11 +350,6 @@ give_back(Ring *self, struct remains *remains)
             remains->watches == NULL && remains->epoll_fd < 0 && io_uring_cq_ready(ring) == 0 &&
             keep_idle(&self->module->idle, ring)) {
             ring->ring_fd = -1;
-        }
-        if (forked || !pthread_equal(self->owner_thread, pthread_self())) {
-            /* A registered descriptor's index is its thread's; here it may be another ring's. No
-             * thread has this one, and the owner's end frees its own. */
-            ring->enter_ring_fd = INT_MAX;
         }
         if (ring->ring_fd >= 0) {
             io_uring_queue_exit(ring);

@@ -44,7 +44,7 @@ def test_closing_waits_for_views_and_streams() -> None:
     view = buffer.view()
     part = view[:10]
     with AsyncUringStream(buffer, depth=1):
-        with pytest.raises(BufferError, match="in use by 2 streams or views"):
+        with pytest.raises(BufferError, match="in use by 2 streams, views or reads"):
             buffer.close()
         view.release()
     with pytest.raises(BufferError, match="in use by 1 "):

@@ -630,7 +630,8 @@ def test_a_job_that_is_dropped_has_ended() -> None:
 def test_a_ring_that_another_thread_ends_takes_nothing_of_that_threads_own(
     buffer: GpuMappedBuffer, tmp_path: Path
 ) -> None:
-    """Each thread counts the rings that are registered with it, and both are the first."""
+    """Each thread counts the rings that are registered with it, and both are the first: with
+    liburing 2.4 or later, files and buffers went too."""
     (tmp_path / "file").write_bytes(bytes(4096))
     with AsyncUringStream(buffer, single_thread=True, register=True) as mine:
         left: list[AsyncUringStream] = []
@@ -645,8 +646,6 @@ def test_a_ring_that_another_thread_ends_takes_nothing_of_that_threads_own(
         with File(tmp_path / "file") as file:
             mine.submit_read_fixed(file, 0, 4096, 0)
             assert mine.wait()[0].result() == 4096
-        mine.submit_read(os.open("/dev/zero", os.O_RDONLY), 0, 4096, 0)
-        assert mine.wait()[0].result() == 4096
 
 
 def pinned() -> str:
