@@ -37,7 +37,16 @@ from gdsdirect import (
     encode_nvme_read_sqe,
     stream_files,
 )
-from gdsdirect._uring_cmd import Request, Slots, Source, Then, Turn, Watch, read_sources
+from gdsdirect._uring_cmd import (
+    Request,
+    Slots,
+    Source,
+    Then,
+    Turn,
+    Watch,
+    open_sources,
+    read_sources,
+)
 from gdsdirect.shared_ring import Requests, SharedRing, ring_of
 from gdsdirect.supply import Landed, Load, Loaded, Place, RingLoad
 
@@ -323,6 +332,26 @@ def test_a_request_that_is_not_taken_fails_whole(
     assert ring.stats.submitted == 40
 
 
+def test_a_batch_that_waits_for_room_hears_of_the_end(
+    buffer: GpuMappedBuffer, pipes: list[Pipe]
+) -> None:
+    """And before what it has sent is back."""
+    zeros, targets = array("Q", bytes(80)), array("Q", range(10))
+    ring = AsyncUringStream(buffer, 2)
+
+    def submit() -> None:
+        with pytest.raises(ValueError, match="the stream is closed") as raised:
+            ring.submit_reads(pipes[0].source, zeros, 1, targets)  # type: ignore[arg-type]
+        assert raised.value.__notes__[0].startswith("2 of 10 commands were submitted")
+
+    with beside(submit) as submitted:
+        while ring.inflight < 2:
+            time.sleep(0.001)
+        with beside(ring.close):
+            assert submitted.wait(PATIENCE)
+            pipes[0].write(b"ab")
+
+
 # ---- Threads that wait
 
 
@@ -496,6 +525,16 @@ def test_a_short_read_is_told(buffer: GpuMappedBuffer, pipes: list[Pipe]) -> Non
     assert [(result, nbytes) for _, result, nbytes in request.take()] == [(2, 2)]
 
 
+def test_a_short_read_that_came_short_is_to_be_done_the_long_way(
+    buffer: GpuMappedBuffer, pipes: list[Pipe]
+) -> None:
+    ring, source = ring_of(buffer), pipes[0].source
+    pipes[0].write(b"ab")
+    assert ring._read(source, 0, 4, 0, 1, 1, False, None) is None
+    pipes[0].write(b"abcd")
+    assert ring._read(source, 0, 4, 0, 1, 1, False, None) == 4
+
+
 def test_the_end_of_what_was_given_up_is_heard_of(
     buffer: GpuMappedBuffer, pipes: list[Pipe]
 ) -> None:
@@ -622,6 +661,17 @@ def test_a_job_that_is_dropped_has_ended() -> None:
         del job
         assert view[size - 1] == 0
     source.close()
+
+
+def test_what_was_opened_and_not_asked_for_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    before = os.listdir("/proc/self/fd")
+    job = open_sources([str(tmp_path / "file")] * 10, os.O_RDONLY)
+    while not job.done:
+        time.sleep(0)
+    assert len(os.listdir("/proc/self/fd")) == len(before) + 10
+    del job
+    assert os.listdir("/proc/self/fd") == before
 
 
 # ---- Rings of threads
@@ -854,6 +904,25 @@ def test_a_load_that_fails_once_is_made_again(
         assert [chunk.offset for chunk in chunks] == [0, 1]
 
 
+def test_a_step_that_fails_is_made_anew(buffer: GpuMappedBuffer, pipes: list[Pipe]) -> None:
+    """From the first one on, which reads once more."""
+    ring, failures = ring_of(buffer), [OSError("not now")]
+
+    def steps() -> Generator[Requests, None, Loaded]:
+        yield (reads(ring, pipes[0], [0]),)
+        if failures:
+            raise failures.pop()
+        return []
+
+    load = RingLoad(steps, [], 0, (1, 0))
+    pipes[0].write(b"xy")
+    with pytest.raises(OSError, match="not now"):
+        load.finish()
+    assert load.finish() == []
+    with buffer.view() as view:
+        assert view[0] == ord("y")
+
+
 def test_a_stream_is_closed_once_its_reads_are_back(
     chunks: ChunkStream, pipes: list[Pipe], buffer: GpuMappedBuffer
 ) -> None:
@@ -866,7 +935,7 @@ def test_a_stream_is_closed_once_its_reads_are_back(
     assert ring_of(buffer).inflight == 0
 
 
-def test_the_same_of_a_task(
+def test_a_task_closes_a_stream_once_its_reads_are_back(
     chunks: ChunkStream, pipes: list[Pipe], buffer: GpuMappedBuffer
 ) -> None:
     async def main() -> None:
