@@ -163,7 +163,7 @@ def stream(buffer: GpuMappedBuffer) -> Iterator[AsyncUringStream]:
 
 
 class Faulty(AsyncUringStream):
-    """A ring of which the last completion can't be handed over: `fail` does something, and raises."""
+    """A ring whose last completion can't be handed over: `fail` does something, and raises."""
 
     fail: Callable[[], None] | None
 
@@ -213,7 +213,7 @@ def test_a_loop_hears_of_what_others_consume_and_take(
 def test_a_loop_hears_of_the_end(stream: AsyncUringStream, pipes: list[Pipe]) -> None:
     """As soon as it has begun, and not when the last read is back."""
     watch = stream._watch()
-    stream.submit_read(pipes[0].source, 0, 1, 0)  # type: ignore[arg-type]
+    stream.submit_read(pipes[0].source, 0, 1, 0)
     with alarm():
         stream.close()
     assert heard(watch)
@@ -283,7 +283,7 @@ def test_a_batch_that_is_interrupted_says_how_far_it_came(
     zeros, targets = array("Q", bytes(80)), array("Q", range(10))
     with AsyncUringStream(buffer, 4) as ring:
         with pytest.raises(Alarm) as raised, alarm_inside():
-            ring.submit_reads(pipes[0].source, zeros, 1, targets)  # type: ignore[arg-type]
+            ring.submit_reads(pipes[0].source, zeros, 1, targets)
         assert raised.value.__notes__ == [
             "4 of 10 commands were submitted before this and will complete, user_data 0 up"
         ]
@@ -341,7 +341,7 @@ def test_a_batch_that_waits_for_room_hears_of_the_end(
 
     def submit() -> None:
         with pytest.raises(ValueError, match="the stream is closed") as raised:
-            ring.submit_reads(pipes[0].source, zeros, 1, targets)  # type: ignore[arg-type]
+            ring.submit_reads(pipes[0].source, zeros, 1, targets)
         assert raised.value.__notes__[0].startswith("2 of 10 commands were submitted")
 
     with beside(submit) as submitted:
@@ -385,6 +385,19 @@ def test_whoever_waits_for_less_is_woken(stream: AsyncUringStream, pipes: list[P
         pipes[0].write(b"abc")
 
 
+def test_whoever_is_about_to_wait_hears_of_what_others_consume(
+    stream: AsyncUringStream, buffer: GpuMappedBuffer, namespace: Namespace, pipes: list[Pipe]
+) -> None:
+    """A thread that has let go of the lock, and is not in the kernel yet, when what it is to wait
+    for is consumed: as often as not, one that was made a moment ago."""
+    stream.submit_read(pipes[0].source, 0, 1, 0)
+    for _ in range(150):
+        with beside(stream.wait):
+            stream.submit_nvme_passthrough(namespace, command(buffer))
+            stream._look()
+    pipes[0].write(b"x")
+
+
 def test_all_who_wait_hear_of_the_end(buffer: GpuMappedBuffer, pipes: list[Pipe]) -> None:
     """Before the last read is back."""
 
@@ -394,7 +407,7 @@ def test_all_who_wait_hear_of_the_end(buffer: GpuMappedBuffer, pipes: list[Pipe]
 
     for _ in range(40):
         ring = AsyncUringStream(buffer)
-        ring.submit_read(pipes[0].source, 0, 1, 0)  # type: ignore[arg-type]
+        ring.submit_read(pipes[0].source, 0, 1, 0)
         with contextlib.ExitStack() as stack:
             waiting = [stack.enter_context(beside(partial(refused, ring))) for _ in range(3)]
             time.sleep(0.005)
@@ -558,7 +571,7 @@ def test_a_stream_that_was_left_with_reads_in_flight_goes_with_them(pipes: list[
     alive = weakref.ref(owner)
     left = AsyncUringStream(GpuMappedBuffer.from_object(owner))
     del owner
-    left.submit_read(pipes[0].source, 0, 1, 0)  # type: ignore[arg-type]
+    left.submit_read(pipes[0].source, 0, 1, 0)
     with pytest.warns(ResourceWarning, match="1 commands in flight"):
         del left
     gc.collect()
@@ -891,11 +904,9 @@ def test_chunks_come_in_order_whatever_interrupts(chunks: ChunkStream, pipes: li
     chunks.close()
 
 
-def test_a_load_that_fails_once_is_made_again(
-    buffer: GpuMappedBuffer, pipes: list[Pipe]
-) -> None:
+def test_a_load_that_fails_once_is_made_again(buffer: GpuMappedBuffer, pipes: list[Pipe]) -> None:
     supply = Pipes(pipes[:2])
-    supply.failing = 2
+    supply.failing = 3  # both loads as they are begun, and one when it is its turn
     for pipe in pipes:
         pipe.write(b"xx")
     with ChunkStream(supply, buffer, [0, 4096], ours=False) as chunks:
@@ -994,7 +1005,7 @@ def test_paths_that_came_before_an_exception_stay(tmp_path: Path, buffer: GpuMap
     paths = [tmp_path / f"{number:02}" for number in range(20)]
     for path in paths:
         path.write_text(path.name)
-    found = []
+    found: list[str] = []
     with stream_files(Interrupted(paths), buffer) as stream:
         while len(found) < 20:
             with contextlib.suppress(KeyboardInterrupt):

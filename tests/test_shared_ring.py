@@ -164,7 +164,7 @@ def test_a_read_waits_for_what_was_given_up_there(
             pipes[1].write(b"c")
             if other == "a stream":
                 with AsyncUringStream(twin) as stream:
-                    stream.submit_read(pipes[1].source, 0, 1, 900)  # type: ignore[arg-type]
+                    stream.submit_read(pipes[1].source, 0, 1, 900)
                     stream.wait()
             else:
                 wait(reads(ring, pipes[1], [900]))
