@@ -358,16 +358,20 @@ def test_a_batch_that_waits_for_room_hears_of_the_end(
 def test_a_short_request_is_not_held_up_by_a_long_one(
     buffer: GpuMappedBuffer, pipes: list[Pipe]
 ) -> None:
-    """The thread that waits in the kernel waits for three reads, and another one's for one each."""
+    """The thread that waits in the kernel waits for three reads, and two others for one each."""
     ring = ring_of(buffer)
     with beside(partial(wait, reads(ring, pipes[0], [0, 1, 2]))):
         while ring.inflight < 3:
             time.sleep(0.001)
         for _ in range(60):
-            request = start(ring, pipes[1], [5])
-            with beside(partial(wait, request)):
+            one, two = start(ring, pipes[1], [5]), start(ring, pipes[2], [6])
+            with beside(partial(wait, one)) as done:
                 time.sleep(0.002)
-                pipes[1].write(b"x")
+                with beside(partial(wait, two)):
+                    time.sleep(0.002)
+                    pipes[1].write(b"x")
+                    assert done.wait(PATIENCE)
+                    pipes[2].write(b"x")
         pipes[0].write(b"abc")
 
 
@@ -378,10 +382,15 @@ def test_whoever_waits_for_less_is_woken(stream: AsyncUringStream, pipes: list[P
         stream.submit_read(source, 0, 1, place)
     with beside(partial(stream.wait, 3)):
         for _ in range(60):
-            with beside(stream.wait):
-                time.sleep(0.002)
+            for _ in range(3):
                 stream.submit_read(source, 0, 1, 0)
-                pipes[0].write(b"x")
+            with beside(stream.wait) as done:
+                time.sleep(0.002)
+                with beside(partial(stream.wait, 2)):
+                    time.sleep(0.002)
+                    pipes[0].write(b"x")
+                    assert done.wait(PATIENCE)
+                    pipes[0].write(b"xx")
         pipes[0].write(b"abc")
 
 
@@ -420,12 +429,21 @@ def test_all_who_wait_hear_of_the_end(buffer: GpuMappedBuffer, pipes: list[Pipe]
 def test_all_who_wait_for_what_was_given_up_are_woken(
     buffer: GpuMappedBuffer, pipes: list[Pipe]
 ) -> None:
+    """Also beside others, one of which waits in the kernel."""
     ring = ring_of(buffer)
-    for _ in range(40):
-        start(ring, pipes[0], [5]).give_up()
-        with beside(ring._clear_the_way), beside(ring._clear_the_way):
-            time.sleep(0.005)
-            pipes[0].write(b"z")
+    with beside(partial(wait, start(ring, pipes[1], [6]))):
+        time.sleep(0.005)
+        for _ in range(60):
+            other = start(ring, pipes[2], [7])
+            start(ring, pipes[0], [5]).give_up()
+            with beside(ring._clear_the_way) as done:
+                time.sleep(0.002)
+                with beside(partial(wait, other)):
+                    time.sleep(0.002)
+                    pipes[0].write(b"x")
+                    assert done.wait(PATIENCE)
+                    pipes[2].write(b"x")
+        pipes[1].write(b"x")
 
 
 # ---- What was given up
@@ -536,6 +554,19 @@ def test_a_short_read_is_told(buffer: GpuMappedBuffer, pipes: list[Pipe]) -> Non
     pipes[0].write(b"abcdef")
     wait(request)
     assert [(result, nbytes) for _, result, nbytes in request.take()] == [(2, 2)]
+
+
+def test_what_was_given_up_has_its_ring(buffer: GpuMappedBuffer, pipes: list[Pipe]) -> None:
+    """Whoever else lets go of that; and not beyond its end."""
+    ring = ring_of(buffer)
+    request = start(ring, pipes[0], [5])
+    before = sys.getrefcount(ring)
+    request.give_up()
+    assert sys.getrefcount(ring) == before + 1
+    pipes[0].write(b"x")
+    while ring.inflight:
+        ring._collect()
+    assert sys.getrefcount(ring) == before
 
 
 def test_a_short_read_that_came_short_is_to_be_done_the_long_way(
