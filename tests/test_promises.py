@@ -219,7 +219,13 @@ def test_a_loop_hears_of_the_end(stream: AsyncUringStream, pipes: list[Pipe]) ->
     assert heard(watch)
     pipes[0].write(b"x")
     stream.close()
-    assert heard(watch), "it is closed"
+
+
+def test_a_loop_hears_that_the_buffer_is_closed(buffer: GpuMappedBuffer) -> None:
+    watch = ring_of(buffer)._watch()
+    assert not heard(watch)
+    buffer.close()
+    assert heard(watch)
 
 
 def test_completions_that_come_while_others_are_taken_in_are_told(
@@ -284,12 +290,12 @@ def test_a_batch_that_is_interrupted_says_how_far_it_came(
     with AsyncUringStream(buffer, 4) as ring:
         with pytest.raises(Alarm) as raised, alarm_inside():
             ring.submit_reads(pipes[0].source, zeros, 1, targets)
-        assert raised.value.__notes__ == [
-            "4 of 10 commands were submitted before this and will complete, user_data 0 up"
-        ]
         pipes[0].write(b"abcd")
         assert [completion.ok for completion in ring.wait(4)] == [True] * 4
         assert ring.inflight == 0
+    assert raised.value.__notes__ == [
+        "4 of 10 commands were submitted before this and will complete, user_data 0 up"
+    ]
 
 
 @contextlib.contextmanager
@@ -554,6 +560,37 @@ def test_a_short_read_is_told(buffer: GpuMappedBuffer, pipes: list[Pipe]) -> Non
     pipes[0].write(b"abcdef")
     wait(request)
     assert [(result, nbytes) for _, result, nbytes in request.take()] == [(2, 2)]
+
+
+def test_the_rest_of_what_is_given_up_is_not_sent(
+    buffer: GpuMappedBuffer, pipes: list[Pipe]
+) -> None:
+    """Also when there is room for it."""
+    ring = ring_of(buffer)
+    request = start(ring, pipes[0], list(range(300)))
+    request.give_up()
+    assert ring.inflight == 128
+    pipes[0].write(b"a")
+    while ring.stats.completed == 0:
+        ring._collect()
+    assert ring.inflight == 127
+    pipes[0].write(b"a" * 127)
+    ring._clear_the_way()
+
+
+def test_a_bounce_slot_is_the_next_reads_once_its_own_is_back(
+    buffer: GpuMappedBuffer, pipes: list[Pipe]
+) -> None:
+    ring = ring_of(buffer)
+    request = bounced(ring, pipes[0], 40)
+    assert ring._start((request,)) is None
+    assert ring.inflight == 32
+    pipes[0].write(bytes(8))
+    while ring.stats.completed == 0:
+        ring._collect()
+    assert ring.inflight == 32
+    pipes[0].write(bytes(8 * 39))
+    wait(request)
 
 
 def test_what_was_given_up_has_its_ring(buffer: GpuMappedBuffer, pipes: list[Pipe]) -> None:
