@@ -8,7 +8,9 @@ seconds are more than `make mutants` waits.
 import asyncio
 import contextlib
 import gc
+import mmap
 import os
+import resource
 import select
 import signal
 import sys
@@ -361,6 +363,51 @@ def test_a_batch_that_waits_for_room_hears_of_the_end(
 # ---- Threads that wait
 
 
+def test_a_thread_that_waits_for_much_does_so_no_longer_when_another_comes(
+    buffer: GpuMappedBuffer, pipes: list[Pipe]
+) -> None:
+    """The one in the kernel waits for three reads, the other for one."""
+    ring = ring_of(buffer)
+    for _ in range(200):
+        with beside(partial(wait, reads(ring, pipes[0], [0, 1, 2]))):
+            while ring.inflight < 3:
+                time.sleep(0.001)
+            time.sleep(0.002)
+            with beside(partial(wait, start(ring, pipes[1], [5]))):
+                time.sleep(0.002)
+                pipes[1].write(b"x")
+            pipes[0].write(b"abc")
+
+
+def test_a_thread_that_goes_has_another_wait_in_its_place(
+    buffer: GpuMappedBuffer, pipes: list[Pipe]
+) -> None:
+    ring = ring_of(buffer)
+    for _ in range(200):
+        one, two = start(ring, pipes[0], [0]), start(ring, pipes[1], [1])
+        with beside(partial(wait, one)) as done:
+            time.sleep(0.002)
+            with beside(partial(wait, two)):
+                time.sleep(0.002)
+                pipes[0].write(b"x")
+                assert done.wait(PATIENCE)
+                pipes[1].write(b"x")
+
+
+def test_threads_that_wait_sleep(buffer: GpuMappedBuffer, pipes: list[Pipe]) -> None:
+    """None of them wakes another, but once a second; each time would be a switch or more."""
+    ring = ring_of(buffer)
+    with beside(partial(wait, reads(ring, pipes[0], [0, 1, 2]))):
+        time.sleep(0.01)
+        with beside(partial(wait, reads(ring, pipes[1], [3, 4, 5]))):
+            time.sleep(0.01)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+            time.sleep(0.2)
+            assert resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before < 100
+            pipes[1].write(b"abc")
+        pipes[0].write(b"abc")
+
+
 def test_a_short_request_is_not_held_up_by_a_long_one(
     buffer: GpuMappedBuffer, pipes: list[Pipe]
 ) -> None:
@@ -369,7 +416,7 @@ def test_a_short_request_is_not_held_up_by_a_long_one(
     with beside(partial(wait, reads(ring, pipes[0], [0, 1, 2]))):
         while ring.inflight < 3:
             time.sleep(0.001)
-        for _ in range(60):
+        for _ in range(200):
             one, two = start(ring, pipes[1], [5]), start(ring, pipes[2], [6])
             with beside(partial(wait, one)) as done:
                 time.sleep(0.002)
@@ -387,7 +434,7 @@ def test_whoever_waits_for_less_is_woken(stream: AsyncUringStream, pipes: list[P
     for place in range(3):
         stream.submit_read(source, 0, 1, place)
     with beside(partial(stream.wait, 3)):
-        for _ in range(60):
+        for _ in range(200):
             for _ in range(3):
                 stream.submit_read(source, 0, 1, 0)
             with beside(stream.wait) as done:
@@ -406,7 +453,7 @@ def test_whoever_is_about_to_wait_hears_of_what_others_consume(
     """A thread that has let go of the lock, and is not in the kernel yet, when what it is to wait
     for is consumed: as often as not, one that was made a moment ago."""
     stream.submit_read(pipes[0].source, 0, 1, 0)
-    for _ in range(150):
+    for _ in range(800):
         with beside(stream.wait):
             stream.submit_nvme_passthrough(namespace, command(buffer))
             stream._look()
@@ -420,7 +467,7 @@ def test_all_who_wait_hear_of_the_end(buffer: GpuMappedBuffer, pipes: list[Pipe]
         with pytest.raises(ValueError, match="closed"):
             ring.wait()
 
-    for _ in range(40):
+    for _ in range(200):
         ring = AsyncUringStream(buffer)
         ring.submit_read(pipes[0].source, 0, 1, 0)
         with contextlib.ExitStack() as stack:
@@ -439,7 +486,7 @@ def test_all_who_wait_for_what_was_given_up_are_woken(
     ring = ring_of(buffer)
     with beside(partial(wait, start(ring, pipes[1], [6]))):
         time.sleep(0.005)
-        for _ in range(60):
+        for _ in range(200):
             other = start(ring, pipes[2], [7])
             start(ring, pipes[0], [5]).give_up()
             with beside(ring._clear_the_way) as done:
@@ -604,6 +651,38 @@ def test_what_was_given_up_has_its_ring(buffer: GpuMappedBuffer, pipes: list[Pip
     while ring.inflight:
         ring._collect()
     assert sys.getrefcount(ring) == before
+
+
+def test_a_bounced_read_does_not_leave_the_buffer(
+    buffer: GpuMappedBuffer, pipes: list[Pipe]
+) -> None:
+    ring = ring_of(buffer)
+    bounced(ring, pipes[0], 1, buffer.nbytes - 2)
+    with pytest.raises(ValueError, match="read 0: "):
+        bounced(ring, pipes[0], 1, buffer.nbytes - 1)
+
+
+def test_a_short_read_does_not_leave_the_buffer(tmp_path: Path) -> None:
+    """Though there is memory behind it."""
+    (tmp_path / "file").write_bytes(bytes(8192))
+    memory = mmap.mmap(-1, 16384)
+    memory[:] = b"x" * 16384
+    part = GpuMappedBuffer.from_object(memoryview(memory)[:8192])
+    with File(tmp_path / "file") as file, part:
+        for target in (4097, 8192):
+            with pytest.raises(ValueError, match="has 8192 bytes"):
+                file.read_into(part, size=4096, target_offset=target)
+    assert memory[:] == b"x" * 16384
+
+
+def test_a_short_read_touches_nothing_behind_the_files_end(
+    buffer: GpuMappedBuffer, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"a" * 5000)
+    with buffer.view() as view, File(tmp_path / "file") as file:
+        view[:8192] = b"x" * 8192
+        assert file.read_into(buffer, offset=4096, size=4096).nbytes == 904
+        assert view[:8192] == b"a" * 904 + b"x" * (8192 - 904)
 
 
 def test_a_short_read_that_came_short_is_to_be_done_the_long_way(
