@@ -72,7 +72,8 @@ def _here(rounds: int, progress: Progress) -> tuple[list[Result], list[str]]:
     for make in ROWS:
         with make() as row:
             progress.update(task, description=row.title)
-            results += measure.measure(row, rounds, lambda: progress.advance(task))
+            if row.pairs:
+                results += measure.measure(row, rounds, lambda: progress.advance(task))
             notes += row.omitted
     progress.update(task, description="memory")
     results += depth.memory()

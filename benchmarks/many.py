@@ -65,5 +65,5 @@ def files() -> Iterator[Row]:
         buffer = stack.enter_context(GpuMappedBuffer.from_host_visible(_BUFFER))
         ours = Contestant("stream_files", _ours(paths, buffer), _FILES)
         plain = Contestant("open, readinto", _plain(paths), _FILES)
-        pair = Pair(ours, plain, Bound(1.5, at_most=False))
+        pair = Pair(ours, plain, Bound(1.8, at_most=False))
         yield Row(f"{_FILES:,} cached files of {_NBYTES // 1000} KB", (pair,), counted="files/s")

@@ -56,26 +56,27 @@ def take_turns(
 # ---- Slices, of contestants of one process
 
 
-def _timed(contestant: Contestant, passes: int) -> float:
+def _timed(contestant: Contestant, passes: int, clock: Callable[[], int]) -> float:
     """Nanoseconds a command."""
     spent = 0
     for _ in range(passes):
         contestant.before()
-        begun = time.perf_counter_ns()
+        begun = clock()
         contestant.run()
-        spent += time.perf_counter_ns() - begun
+        spent += clock() - begun
     return spent / (passes * contestant.commands)
 
 
 def _passes(contestant: Contestant) -> int:
     """How many fill a slice."""
-    fastest = min(_timed(contestant, 1) for _ in range(_WARM_UPS)) * contestant.commands
-    return max(1, round(_SLICE / fastest))
+    fastest = min(_timed(contestant, 1, time.perf_counter_ns) for _ in range(_WARM_UPS))
+    return max(1, round(_SLICE / (fastest * contestant.commands)))
 
 
 def measure(row: Row, rounds: int, on_round: Callable[[], object]) -> list[Result]:
     """Each pair, one right after the other, in every round; which is first and which pair is first
     changes from round to round."""
+    clock = time.process_time_ns if row.cpu else time.perf_counter_ns
     figures: dict[Pair, tuple[list[float], list[float]]] = {pair: ([], []) for pair in row.pairs}
     with no_collections():
         passes = {each.name: _passes(each) for each in row.contestants}
@@ -84,7 +85,7 @@ def measure(row: Row, rounds: int, on_round: Callable[[], object]) -> list[Resul
             for pair in row.pairs[turn:] + row.pairs[:turn]:
                 both = [(pair.of, figures[pair][0]), (pair.over, figures[pair][1])]
                 for contestant, its in both if number % 2 else both[::-1]:
-                    its.append(_timed(contestant, passes[contestant.name]))
+                    its.append(_timed(contestant, passes[contestant.name], clock))
             on_round()
 
     def told(times: list[float]) -> list[float]:
@@ -95,7 +96,7 @@ def measure(row: Row, rounds: int, on_round: Callable[[], object]) -> list[Resul
             row.title,
             pair.of.name,
             pair.over.name,
-            row.counted or "ns",
+            row.counted or ("CPU ns" if row.cpu else "ns"),
             told(figures[pair][0]),
             told(figures[pair][1]),
             pair.bound,

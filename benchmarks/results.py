@@ -22,7 +22,7 @@ class Result:
     of: str
     over: str
     unit: str
-    """Of `MORE_IS_BETTER` more is better, of others ("ns", "bytes") less."""
+    """Of `MORE_IS_BETTER` more is better, of others ("ns", "CPU ns", "bytes") less."""
     of_figures: Sequence[float]
     over_figures: Sequence[float]
     bound: Bound | None

@@ -16,7 +16,7 @@ class Contestant:
 
 
 # Beyond ten of the larger unit, it's told in that.
-_LARGER = {"ns": (1000, "us"), "bytes": (1 << 20, "MiB")}
+_LARGER = {"ns": (1000, "us"), "CPU ns": (1000, "CPU us"), "bytes": (1 << 20, "MiB")}
 
 
 def said(figure: float, unit: str) -> str:
@@ -62,6 +62,8 @@ class Row:
     """Who could not take part, and why."""
     counted: str = ""
     """The unit to tell as how many commands went in a second ("files/s"); else it's ns for one."""
+    cpu: bool = False
+    """Processor time is compared, of all threads of the process, those of its rings too."""
 
     @property
     def contestants(self) -> tuple[Contestant, ...]:

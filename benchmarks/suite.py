@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from benchmarks import depth, files, many, opening, packing, passthrough, tensors
+from benchmarks import depth, drive, files, many, opening, packing, passthrough, tensors
 from benchmarks.rows import Row
 
 ROWS: tuple[Callable[[], AbstractContextManager[Row]], ...] = (
@@ -12,6 +12,8 @@ ROWS: tuple[Callable[[], AbstractContextManager[Row]], ...] = (
     *passthrough.ROWS,
     files.cached,
     files.singly,
+    drive.singly,
+    drive.by_tasks,
     many.files,
     opening.alone,
     opening.with_a_read,

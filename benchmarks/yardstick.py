@@ -96,7 +96,13 @@ class Loop:
     """The C loop that reads, with a ring of its own on one file or two."""
 
     def __init__(
-        self, paths: Sequence[str], buffer: GpuMappedBuffer, work: Work, setup_flags: int = 0
+        self,
+        paths: Sequence[str],
+        buffer: GpuMappedBuffer,
+        work: Work,
+        setup_flags: int = 0,
+        *,
+        direct: bool = False,
     ) -> None:
         self._library = _load()
         self._kept = (buffer, work)
@@ -104,8 +110,9 @@ class Loop:
         self._records = ctypes.create_string_buffer(work.depth * RECORD_BYTES)
         self._arguments = (ctypes.byref(self._work), self._records)
         first, second = (*map(os.fsencode, paths), None)[:MOST_FILES]
+        flags = os.O_RDONLY | (os.O_DIRECT if direct else 0)
         self._handle = self._library.yardstick_open(
-            first, second, os.O_RDONLY, work.depth, setup_flags, buffer.address, buffer.nbytes
+            first, second, flags, work.depth, setup_flags, buffer.address, buffer.nbytes
         )
         if not self._handle:
             number = ctypes.get_errno()
