@@ -12,7 +12,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#define MAX_WORKERS 4 /* that copy at a time: more don't make memory faster */
+#define MAX_WORKERS 4   /* that copy at a time: more don't make memory faster */
+#define MOST_WORKERS 64 /* where others may be stuck, at a file whose server doesn't answer */
 #define IDLE_NS 200000000L
 #define SLICE_NS 50000000L /* of a wait, after which signals are looked for */
 
@@ -41,6 +42,18 @@ moment_after(long nanoseconds)
     return moment;
 }
 
+/* Those who wait hear that it is through. */
+static void
+tell_locked(struct workers *workers, Job *job)
+{
+    if (job->event_fd >= 0) {
+        const uint64_t one = 1;
+        const ssize_t ignored = write(job->event_fd, &one, sizeof(one));
+        (void)ignored;
+    }
+    pthread_cond_broadcast(&workers->done);
+}
+
 static void
 run_unlocked(struct workers *workers, Job *job)
 {
@@ -49,12 +62,7 @@ run_unlocked(struct workers *workers, Job *job)
     job->kind->run(job->data);
     pthread_mutex_lock(&workers->lock);
     job->state = JOB_DONE;
-    if (job->event_fd >= 0) {
-        const uint64_t one = 1;
-        const ssize_t ignored = write(job->event_fd, &one, sizeof(one));
-        (void)ignored;
-    }
-    pthread_cond_broadcast(&workers->done);
+    tell_locked(workers, job);
 }
 
 static void
@@ -73,7 +81,7 @@ remove_locked(struct workers *workers, const Job *job)
 }
 
 static void *
-work(void *argument)
+serve(void *argument)
 {
     struct workers *workers = argument;
     bool idled = false;
@@ -107,18 +115,16 @@ most_workers(void)
     return count < MAX_WORKERS ? (unsigned)count : MAX_WORKERS;
 }
 
-/* Where none can be made, whoever waits for the job does it. */
 static void
-add_worker_locked(struct workers *workers)
+add_worker_locked(struct workers *workers, unsigned most)
 {
     pthread_attr_t detached;
     pthread_t thread;
-    if (workers->idle > 0 || workers->count >= most_workers() ||
-        pthread_attr_init(&detached) != 0) {
+    if (workers->idle > 0 || workers->count >= most || pthread_attr_init(&detached) != 0) {
         return;
     }
     pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
-    workers->count += pthread_create(&thread, &detached, work, workers) == 0;
+    workers->count += pthread_create(&thread, &detached, serve, workers) == 0;
     pthread_attr_destroy(&detached);
 }
 
@@ -200,27 +206,39 @@ gdsdirect_job(PyObject *module, const struct job_kind *kind, void *data)
         workers->last->next = self;
     }
     workers->last = self;
-    add_worker_locked(workers);
+    add_worker_locked(workers, most_workers());
     pthread_cond_signal(&workers->work);
     pthread_mutex_unlock(&workers->lock);
     return (PyObject *)self;
 }
 
-/* Until it is done, or for a moment. Without the GIL. */
+static inline bool
+is_through(const Job *self)
+{
+    return self->state == JOB_DONE || self->state == JOB_DROPPED;
+}
+
+/*
+ * Until it is through, or for a moment. Without the GIL. Who waits does not do the job itself, for signals
+ * would wait as long as it takes; but where no thread can be made nobody else does it.
+ */
 static bool
 wait_a_moment(Job *self)
 {
     struct workers *workers = workers_of(self);
     pthread_mutex_lock(&workers->lock);
-    if (self->state == JOB_QUEUED) {
+    if (self->state == JOB_QUEUED && workers->count == 0) {
         remove_locked(workers, self);
         run_unlocked(workers, self);
     }
-    else if (self->state == JOB_RUNNING) {
+    else if (self->state == JOB_QUEUED || self->state == JOB_RUNNING) {
         const struct timespec end = moment_after(SLICE_NS);
         pthread_cond_timedwait(&workers->done, &workers->lock, &end);
+        if (self->state == JOB_QUEUED) {
+            add_worker_locked(workers, MOST_WORKERS);
+        }
     }
-    const bool done = self->state == JOB_DONE;
+    const bool done = is_through(self);
     pthread_mutex_unlock(&workers->lock);
     return done;
 }
@@ -237,23 +255,66 @@ check_process(const Job *self)
     return -1;
 }
 
-/* result(): what came of it, once it is done; waits for that. */
-static PyObject *
-job_result(Job *self, PyObject *Py_UNUSED(ignored))
+static int
+wait_until_through(Job *self)
 {
     bool done = false;
     while (!done) {
         if (check_process(self) < 0) {
-            return NULL;
+            return -1;
         }
         Py_BEGIN_ALLOW_THREADS
         done = wait_a_moment(self);
         Py_END_ALLOW_THREADS
         if (PyErr_CheckSignals() < 0) {
-            return NULL;
+            return -1;
         }
     }
+    return 0;
+}
+
+/* result(): what came of it, once it is done; waits for that. */
+static PyObject *
+job_result(Job *self, PyObject *Py_UNUSED(ignored))
+{
+    if (wait_until_through(self) < 0) {
+        return NULL;
+    }
+    if (self->state == JOB_DROPPED) {
+        PyErr_SetString(PyExc_ValueError, "the stream is closed");
+        return NULL;
+    }
     return self->kind->result(self->data);
+}
+
+/* drop(): takes it out of the queue if it has not begun, so that there is nothing to wait for. */
+static PyObject *
+job_drop(Job *self, PyObject *Py_UNUSED(ignored))
+{
+    if (check_process(self) < 0) {
+        return NULL;
+    }
+    struct workers *workers = workers_of(self);
+    pthread_mutex_lock(&workers->lock);
+    if (self->state == JOB_QUEUED) {
+        remove_locked(workers, self);
+        self->state = JOB_DROPPED;
+        tell_locked(workers, self);
+    }
+    pthread_mutex_unlock(&workers->lock);
+    Py_RETURN_NONE;
+}
+
+/* end(): drop(), and waits until it has run where it has begun: then it writes nothing any more. */
+static PyObject *
+job_end(Job *self, PyObject *ignored)
+{
+    PyObject *dropped = job_drop(self, ignored);
+    if (dropped == NULL || wait_until_through(self) < 0) {
+        Py_XDECREF(dropped);
+        return NULL;
+    }
+    return dropped;
 }
 
 static bool
@@ -261,7 +322,7 @@ is_done(Job *self)
 {
     struct workers *workers = workers_of(self);
     pthread_mutex_lock(&workers->lock);
-    const bool done = self->state == JOB_DONE;
+    const bool done = is_through(self);
     pthread_mutex_unlock(&workers->lock);
     return done;
 }
@@ -282,7 +343,7 @@ job_fileno(Job *self, PyObject *Py_UNUSED(ignored))
     struct workers *workers = workers_of(self);
     pthread_mutex_lock(&workers->lock);
     if (self->event_fd < 0) {
-        self->event_fd = eventfd(self->state == JOB_DONE, EFD_CLOEXEC | EFD_NONBLOCK);
+        self->event_fd = eventfd(is_through(self), EFD_CLOEXEC | EFD_NONBLOCK);
     }
     const int fd = self->event_fd;
     const int failed = errno;
@@ -351,12 +412,14 @@ static PyMemberDef job_members[] = {
 };
 
 static PyGetSetDef job_getset[] = {
-    {"done", (getter)job_get_done, NULL, "Whether it has run.", NULL},
+    {"done", (getter)job_get_done, NULL, "Whether it has run, or was dropped.", NULL},
     {0},
 };
 
 static PyMethodDef job_methods[] = {
     {"result", (PyCFunction)job_result, METH_NOARGS, "What came of it; waits until it has run."},
+    {"drop", (PyCFunction)job_drop, METH_NOARGS, "Takes it out of the queue, if it has not begun."},
+    {"end", (PyCFunction)job_end, METH_NOARGS, "Drops it, or waits until it has run."},
     {"fileno", (PyCFunction)job_fileno, METH_NOARGS, "A descriptor, readable once it has run."},
     {0},
 };

@@ -2,8 +2,8 @@
  * Jobs: what threads without the GIL do beside the caller. They run no Python code, and no exception of a
  * signal handler's can come to them.
  *
- *   QUEUED ──a worker, or whoever waits for it──► RUNNING ──► DONE
- *      └──────────its Job is let go of──────────► (nothing)
+ *   QUEUED ──a worker──► RUNNING ──► DONE
+ *      └──drop()──► DROPPED
  *
  * A Job that is let go of while it runs is waited for: what a job writes to is nobody else's before.
  */
@@ -12,7 +12,7 @@
 
 #include "module.h"
 
-enum job_state { JOB_QUEUED, JOB_RUNNING, JOB_DONE };
+enum job_state { JOB_QUEUED, JOB_RUNNING, JOB_DONE, JOB_DROPPED };
 
 struct job_kind {
     void (*run)(void *data);         /* without the GIL */

@@ -401,7 +401,10 @@ class ChunkStream(_Chunks):
 
     async def aclose(self) -> None:
         """The same for asyncio."""
-        for load in self._in_turn(self._give_up):
+        loads = self._in_turn(self._give_up)
+        if self._process != os.getpid():
+            return
+        for load in loads:
             await load.close_async()
         self._in_turn(self._let_go)
 

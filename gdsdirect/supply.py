@@ -208,10 +208,15 @@ class CopyLoad:
 
     def close(self) -> None:
         self._closed = True
-        self._job = None
+        if self._job is not None:
+            # Who waits for it may hold it, and what comes next may read into the same memory.
+            self._job.end()
 
     async def close_async(self) -> None:
-        self.close()
+        self._closed = True
+        if self._job is not None:
+            self._job.drop()
+            await arrival(self._job)
 
 
 class FailedLoad:

@@ -390,8 +390,8 @@ def finish(steps: Steps, timeout: float | None) -> ReadResult:
 
 
 def timed_out(error: TimeoutError, timeout: float | None) -> TimeoutError:
-    """The error for a read whose time was up; one of the drive's or the kernel's own stays."""
-    if error.errno is not None:
+    """The error for a read whose time was up; the drive's, the kernel's, a handler's stay."""
+    if type(error) is not TimeoutError or error.args:
         return error
     return TimeoutError(f"the read did not come back in {timeout} s")
 

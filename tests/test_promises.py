@@ -1014,13 +1014,16 @@ class Pipes:
     def load(self, place: Place, ring: SharedRing, slots: Slots) -> Load | None:
         if self.exhausted(place):
             return None
-        [slot] = slots.take(1)
+        found = slots.peek(1)
+        if not found:
+            return None
+        [slot] = found
 
         def steps() -> Generator[Requests, None, Loaded]:
             if self.failing:
                 self.failing -= 1
                 raise OSError("not now")
-            pipe, at = self.pipes[place[0]], slot.offset
+            pipe, at = self.pipes[place[0]], slot
             request = reads(ring, pipe, [at, at + 1])
             yield (request,)
             assert request.take() == []
