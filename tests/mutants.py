@@ -40,7 +40,7 @@ _BESIDE = shutil.ignore_patterns(
     *(".git", ".venv*", "build", "dist", "*.egg-info", ".*_cache", ".hypothesis", ".benchmarks")
 )
 
-_PATIENCE = 20.0  # seconds, and ten times as long as without a mutation, before a test hangs
+_PATIENCE = 20.0  # seconds, and four times as long as without a mutation, before a test hangs
 _COMPILED = ("-O1", "-MMD")  # quickly, and with a list of the headers beside each object
 
 _WORDS = {
@@ -257,7 +257,7 @@ class Workshop:
         try:
             mutation.apply(tree)
             self._install(mutation.file, tree, package / "gdsdirect")
-            limit = _PATIENCE + 10 * self._seconds[mutation.test]
+            limit = _PATIENCE + 4 * self._seconds[mutation.test]
             status, text = run_tests(mutation.test, tree, package, limit)
             kind, how = judge(status, text)
         except BrokenError as error:
