@@ -782,6 +782,65 @@ def a_ring(files: fuse.SlowFiles, slow: File, fast: File, buffer: GpuMappedBuffe
             ring.close(timeout=0.1)
 
 
+@blocked
+def ctrl_c_at_a_stream(
+    files: fuse.SlowFiles, slow: File, fast: File, buffer: GpuMappedBuffer
+) -> None:
+    """Whose threads copy from the page cache."""
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    stream = gdsdirect.stream_files([files.slow], buffer, chunk_size=fuse.SIZE, direct=False)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    with unanswered(files, slow), pytest.raises(KeyboardInterrupt):
+        next(stream)
+    stream.close()
+
+
+@blocked
+def a_handlers_timeout(
+    files: fuse.SlowFiles, slow: File, fast: File, buffer: GpuMappedBuffer
+) -> None:
+    def handler(*_: object) -> None:
+        raise TimeoutError("the handler's")
+
+    signal.signal(signal.SIGALRM, handler)
+    for size in (4096, 5000):
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with unanswered(files, slow), pytest.raises(TimeoutError, match="the handler's"):
+            slow.read_into(buffer, size=size, timeout=PATIENCE)
+
+
+@needs_fuse
+@pytest.mark.root
+@isolated
+def test_a_copy_ends_with_its_stream_though_the_task_that_waited_was_cancelled(
+    tmp_path: str,
+) -> None:
+    """What is read into the same memory next stays there."""
+
+    async def main(files: fuse.SlowFiles, slow: File, fast: File, buffer: GpuMappedBuffer) -> None:
+        files.hold()
+        os.posix_fadvise(slow.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        threading.Timer(0.5, files.let_go).start()
+        stream = gdsdirect.stream_files([files.slow], buffer, chunk_size=fuse.SIZE, direct=False)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(stream), 0.2)
+        await stream.aclose()
+        await fast.read_into_async(buffer, size=4096)
+        files.let_go()
+        await asyncio.sleep(0.1)
+        assert bytes_at(buffer, 0, 4096) == DATA[:4096]
+
+    folder = Path(tmp_path)
+    buffer = buffer_of()
+    with (
+        fuse.SlowFiles(folder / "mount") as files,
+        file_of(folder) as fast,
+        gdsdirect.open(files.slow) as slow,
+    ):
+        asyncio.run(main(files, slow, fast, buffer))
+        close(buffer)
+
+
 @needs_fuse
 @pytest.mark.root
 @pytest.mark.parametrize("direct", [True, False])
