@@ -107,10 +107,11 @@ class Counts(NamedTuple):
     def grown(self, before: Counts, orphans: int) -> list[str]:
         """What is more than before, and than may be kept by what was dropped in flight."""
         new = [link for fd, link in self.descriptors.items() if before.descriptors.get(fd) != link]
+        rings = [link for link in new if "io_uring" in link]
+        new = [link for link in new if "io_uring" not in link] + rings[IDLE_RINGS:]
         kinds = Counter(re.sub(r"[\d]+", "_", Path(link).name) for link in new)
-        rings = sum("io_uring" in link for link in new)
         more = {
-            f"descriptors: {dict(kinds)}": len(new) - min(rings, IDLE_RINGS) - 6 * orphans,
+            f"descriptors: {dict(kinds)}": len(new) - 6 * orphans,
             "threads": self.threads - before.threads,
             "pinned memory": self.pinned - before.pinned - 4096 * orphans,
             "buffers": self.buffers - before.buffers - 4 * orphans,
