@@ -207,6 +207,7 @@ class Loop(Actor):
     def __init__(self, world: World, name: str, seed: int) -> None:
         super().__init__(world, name, seed)
         self._tasks = [Task(world, f"{number} of {name}", seed) for number in range(3)]
+        self._running: list[asyncio.Task[None]] = []
         for task in self._tasks:
             task.pulse.ended = True  # it has not begun
 
@@ -223,6 +224,7 @@ class Loop(Actor):
             return self.world.over or (time.monotonic() > end and not cancelled)
 
         running = [asyncio.create_task(task.live(is_over)) for task in self._tasks]
+        self._running = running  # a loop has weak references alone, and cancels them after this
         if cancelled:
             self.pulse.beat("cancelling tasks")
             await asyncio.sleep(end - time.monotonic())
@@ -512,17 +514,17 @@ class Interrupted(Actor):
     def interrupt(self, call: Callable[[], object]) -> bool:
         """Make a call; whether it came to its end."""
         try:
-            self._arm()
-            call()
-            self._armed = False
-            return True
-        except Boom:
+            try:
+                self._arm()
+                call()
+                return True
+            except BaseException:
+                self._armed = False  # else another may take its place
+                raise
+            finally:
+                self._disarm()
+        except Boom:  # also one that came in _disarm
             return False
-        except BaseException:
-            self._armed = False  # else the handler may raise in _disarm
-            raise
-        finally:
-            self._disarm()
 
     def turn(self) -> None:
         self._act = None
@@ -571,18 +573,19 @@ class Interrupted(Actor):
         chunk: Chunk | None = None
         there = False
         try:
-            self._arm()
-            for chunk in stream:  # noqa: B007
+            try:
+                self._arm()
+                for chunk in stream:  # noqa: B007
+                    self._armed = False
+                    there = True
+                    break
+            except BaseException:
                 self._armed = False
-                there = True
-                break
+                raise
+            finally:
+                self._disarm()
         except Boom:
             there = True
-        except BaseException:
-            self._armed = False
-            raise
-        finally:
-            self._disarm()
         return chunk, there
 
     def _ring(self) -> None:
