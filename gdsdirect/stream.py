@@ -165,19 +165,23 @@ class Completion:
         return f"<Completion {self.user_data}: {what}, {self.nbytes} bytes>"
 
 
+_SLICE = 1.0  # s, of a loop's wait, as in csrc/ring.c
+
+
 class _Watch:
     """What one event loop waits with: two descriptors to read, and the futures of its tasks.
 
     The loop has it as long as it reads them; they are closed with its last reference.
     """
 
-    __slots__ = ("descriptors", "futures", "loop")
+    __slots__ = ("again", "descriptors", "futures", "loop")
 
     def __init__(self, descriptors: Watch, loop: asyncio.AbstractEventLoop) -> None:
         self.descriptors = descriptors
         self.loop = loop
         # Of tasks that wait for any change; weakly, since a task can end anywhere.
         self.futures: WeakSet[asyncio.Future[None]] = WeakSet()
+        self.again: asyncio.TimerHandle | None = None
 
     @property
     def idle(self) -> bool:
@@ -186,6 +190,8 @@ class _Watch:
 
     def end(self) -> None:
         """Have the loop read it no more."""
+        if self.again is not None:
+            self.again.cancel()
         self.loop.remove_reader(self.descriptors.arrivals)
         self.loop.remove_reader(self.descriptors.event)
 
@@ -326,6 +332,7 @@ class AsyncUringStream(Ring):
             loop.add_reader(watch.descriptors.event, self._look_again, watch)
             # What came before the descriptors were there.
             loop.call_soon(self._look_again, watch)
+            watch.again = loop.call_later(_SLICE, self._look_regularly, watch)
             self._watches[loop] = watch  # last: one that isn't read by the loop would wake nobody
         return watch
 
@@ -333,6 +340,11 @@ class AsyncUringStream(Ring):
         if watch.idle and self._watches.get(watch.loop) is watch:
             del self._watches[watch.loop]
             watch.end()
+
+    def _look_regularly(self, watch: _Watch) -> None:
+        """As threads do that wait: a task that nobody woke is late, and not stuck."""
+        watch.again = watch.loop.call_later(_SLICE, self._look_regularly, watch)
+        self._look_again(watch)
 
     def _look_again(self, watch: _Watch) -> None:
         """All tasks of a loop look again, and those whose request has finished go on."""
