@@ -111,7 +111,7 @@ class SharedRing(AsyncUringStream):
 
         loop = asyncio.get_running_loop()
         while (busy := self._start(requests)) is not None:
-            await busy.news()
+            await busy._anything_new()
         for request in requests:
             while not request.finished:  # one that is given up meanwhile wakes those who wait
                 await self._finish(request, loop)

@@ -317,7 +317,7 @@ class AsyncUringStream(Ring):
             watch.futures.discard(future)
             self._end_if_idle(watch)
 
-    async def news(self) -> None:
+    async def _anything_new(self) -> None:
         """Until something changes here, or did already."""
         import asyncio
 

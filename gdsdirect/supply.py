@@ -199,7 +199,7 @@ class CopyLoad:
 
     async def finish_async(self) -> Loaded:
         while self._job is None and (busy := self._ring._in_the_way()) is not None:
-            await busy.news()
+            await busy._anything_new()
         job = self._started()
         await arrival(job)
         if self._closed:

@@ -207,9 +207,9 @@ def no_descriptor_for_fileno() -> None:
 
 
 def no_descriptor_for_a_read() -> None:
+    """Each batch has its own, since the caller may close his at any moment."""
     buffer = GpuMappedBuffer.from_host_visible(4 * KIB)
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    """Only a batch that has to wait for room needs one."""
     offsets = array("Q", range(5))
     with AsyncUringStream(buffer, depth=4) as stream, open("/dev/zero", "rb") as file:
         limit = file.fileno() + 1
@@ -226,7 +226,6 @@ def no_descriptor_for_a_read() -> None:
                     submit(file, offsets, 100, offsets)
                 assert (stream.inflight, stream.stats.submitted) == (0, 0)
                 set_soft_limit(resource.RLIMIT_NOFILE, soft)
-        set_soft_limit(resource.RLIMIT_NOFILE, limit)
         stream.submit_reads(file, offsets[:4], 100, offsets[:4])
         assert [c.result() for c in stream.wait(4)] == [100] * 4
     buffer.close()
