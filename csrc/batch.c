@@ -1,5 +1,5 @@
 /*
- * Commands that were checked, sent as room allows.
+ * Sends batches of checked commands, as room allows.
  */
 #include "batch.h"
 
@@ -42,9 +42,7 @@ take_back_locked(Ring *self, struct batch *batches, size_t n)
         for (struct batch *batch = batches; batch < batches + n; batch++) {
             batch->sent -= slot->user_data - batch->first_user_data < batch->count;
         }
-        self->counters[slot->way].submitted--;
-        self->counters[slot->way].registered -= slot->registered != NOT_REGISTERED;
-        inflight_undo(&self->table, slot);
+        ring_undo_locked(self, slot);
         taken_back++;
     }
     return taken_back;
@@ -63,10 +61,7 @@ start_locked(Ring *self, struct batch *batch, size_t count)
         .way = (uint8_t)batch->way,
     };
     for (size_t i = 0; i < count; i++) {
-        slot.position = commands[i].position;
-        slot.address = commands[i].address;
-        slot.nbytes = commands[i].nbytes;
-        slot.registered = commands[i].registered;
+        slot_set_command(&slot, &commands[i]);
         registered += slot.registered != NOT_REGISTERED;
         prepare_locked(self, &target, &slot, inflight_take(&self->table, slot));
         slot.user_data++;
@@ -77,8 +72,8 @@ start_locked(Ring *self, struct batch *batch, size_t count)
     batch->sent += count;
 }
 
-/* Prepares what there is room for, and returns its number. Batches share the slots, so that a slow
- * drive can't take those that would keep a fast one busy. */
+/* Prepares as many commands as there is room for, and returns their number. Batches share the slots, so that
+ * a slow drive can't take those that would keep a fast one busy. */
 static size_t
 start_batches_locked(Ring *self, struct batch *batches, size_t n)
 {
@@ -173,7 +168,7 @@ hold_and_send_locked(Ring *self, struct batch *batches, size_t n, size_t command
     return result;
 }
 
-/* The exception for batches that were not sent, or not whole. Returns -1. */
+/* Raises the exception for batches of which not all commands were sent. Returns -1. */
 static int
 raise_unsent(const Ring *self, int result, const struct batch *batches, size_t n)
 {
@@ -182,7 +177,7 @@ raise_unsent(const Ring *self, int result, const struct batch *batches, size_t n
         while (!source_is_closed(closed->source)) {
             closed++;
         }
-        PyErr_Format(PyExc_ValueError, "%S is closed", closed->source->path);
+        gdsdirect_source_raise_closed(closed->source);
     }
     else {
         ring_raise(self, result, "io_uring_enter");
@@ -220,7 +215,7 @@ send_batches(Ring *self, struct batch *batches, size_t n, PyObject *user_data)
             return -1;
         }
     }
-    const int blocked = ring_clear_the_way_of(self, NO_DEADLINE);
+    const int blocked = ring_clear_the_way(self, NO_DEADLINE);
     if (blocked != DONE) {
         return raise_unsent(self, blocked, batches, n);
     }

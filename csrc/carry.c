@@ -18,7 +18,8 @@ ring_of(const struct request *given_up)
     return (Ring *)given_up->ring;
 }
 
-/* In a fork's child the parent's requests mean nothing, and a thread of the parent's may have the lock. */
+/* Says whether any request is in the list. A fork's child empties the list, for it has none of the parent's
+ * requests. It makes the lock anew too, since a thread of the parent's may have held it at the fork. */
 static bool
 has_given_up(struct given_up *given_up)
 {
@@ -63,56 +64,49 @@ strike_off(struct request *request)
 }
 
 static bool
-may_write(const struct request *given_up, uint64_t low, uint64_t high)
+may_write(const struct request *given_up, const Memory *memory)
 {
-    const Memory *memory = ring_of(given_up)->memory;
-    const uint64_t start = (uintptr_t)memory->address;
-    return given_up->bounces == NULL && low < start + (uint64_t)memory->nbytes && start < high;
+    const Memory *its = ring_of(given_up)->memory;
+    return given_up->bounces == NULL && memory->address < its->address + its->nbytes &&
+           its->address < memory->address + memory->nbytes;
 }
 
-/* The first that was given up, of `ring` if that isn't NULL, and may write to these addresses. */
+/* The first request that was given up, of `ring` if that isn't NULL, and may write into the memory. */
 static struct request *
-find_locked(struct given_up *given_up, const Ring *ring, uint64_t low, uint64_t high)
+find_locked(struct given_up *given_up, const Ring *ring, const Memory *memory)
 {
     struct request *request = given_up->first;
     while (request != NULL &&
-           ((ring != NULL && ring_of(request) != ring) || !may_write(request, low, high))) {
+           ((ring != NULL && ring_of(request) != ring) || !may_write(request, memory))) {
         request = request->next_lost;
     }
     return request;
 }
 
 Ring *
-request_in_the_way(struct module_state *module, uint64_t low, uint64_t high)
+request_in_the_way(const Ring *self)
 {
-    struct given_up *given_up = &module->given_up;
+    struct given_up *given_up = &self->module->given_up;
     if (!has_given_up(given_up)) {
         return NULL;
     }
     pthread_mutex_lock(&given_up->lock);
-    const struct request *found = find_locked(given_up, NULL, low, high);
+    const struct request *found = find_locked(given_up, NULL, self->memory);
     /* It has a reference to its ring for as long as it is in the list. */
     Ring *ring = found != NULL ? (Ring *)Py_NewRef(found->ring) : NULL;
     pthread_mutex_unlock(&given_up->lock);
     return ring;
 }
 
-Ring *
-request_in_the_way_of(Ring *self)
-{
-    const uint64_t start = (uintptr_t)self->memory->address;
-    return request_in_the_way(self->module, start, start + (uint64_t)self->memory->nbytes);
-}
-
 bool
-request_is_in_the_way_locked(const Ring *self, uint64_t low, uint64_t high)
+request_is_in_the_way_locked(const Ring *self, const Ring *of)
 {
     struct given_up *given_up = &self->module->given_up;
     if (!has_given_up(given_up)) {
         return false;
     }
     pthread_mutex_lock(&given_up->lock);
-    const bool found = find_locked(given_up, self, low, high) != NULL;
+    const bool found = find_locked(given_up, of, self->memory) != NULL;
     pthread_mutex_unlock(&given_up->lock);
     return found;
 }
@@ -217,7 +211,7 @@ finish_locked(Ring *self, struct request *request)
     }
 }
 
-/* What was not sent isn't sent any more. */
+/* The request sends no more commands. It finishes here if none is in flight. */
 static void
 cut_off_locked(Ring *self, struct request *request)
 {
@@ -317,6 +311,19 @@ request_start_locked(Ring *self, struct request *request)
     return DONE;
 }
 
+/* Registers the memory of bounce slots. Returns the index of the registered buffer, or NOT_REGISTERED. */
+static uint16_t
+register_bounce_locked(Ring *self)
+{
+    const Py_buffer *memory = &self->bounce.export;
+    const struct iovec piece = {.iov_base = memory->buf, .iov_len = (size_t)memory->len};
+    const int result =
+        self->registered > 0
+            ? io_uring_register_buffers_update_tag(&self->ring, self->registered, &piece, NULL, 1)
+            : io_uring_register_buffers(&self->ring, &piece, 1);
+    return result >= 0 ? (uint16_t)self->registered : NOT_REGISTERED;
+}
+
 void
 request_lend_bounce_locked(Ring *self, Memory **memory, Py_buffer *export)
 {
@@ -328,7 +335,7 @@ request_lend_bounce_locked(Ring *self, Memory **memory, Py_buffer *export)
     bounce->export = *export;
     *memory = NULL;
     *export = (Py_buffer){0};
-    bounce->registered = ring_register_bounce_locked(self);
+    bounce->registered = register_bounce_locked(self);
     while (bounce->free_count < BOUNCE_SLOTS) {
         bounce->free[bounce->free_count] = bounce->free_count;
         bounce->free_count++;
@@ -355,13 +362,9 @@ prepare_some_locked(Ring *self, struct request *request, size_t count)
     struct target target = target_of(self, request->holders[0]);
     uint64_t registered = 0;
     for (size_t i = request->sent; i < request->sent + count; i++) {
-        const struct command *command = &request->commands[i];
         slot.user_data = i;
         slot.holder = request->holders[request->source_count > 1 ? i : 0];
-        slot.position = command->position;
-        slot.address = command->address;
-        slot.nbytes = command->nbytes;
-        slot.registered = command->registered;
+        slot_set_command(&slot, &request->commands[i]);
         if (request->source_count > 1) {
             target = target_of(self, slot.holder);
         }
@@ -377,8 +380,8 @@ prepare_some_locked(Ring *self, struct request *request, size_t count)
     self->counters[request->way].registered += registered;
 }
 
-/* Prepares what there is room for, and returns whether that is anything. Each request is looked at once
- * in a round, since one that wants a bounce slot may have to wait while others need not. */
+/* Prepares commands as far as there is room, and returns whether it prepared any. It looks at each request
+ * once: a request that waits for a bounce slot stays in the queue, and does not hold up the others. */
 static bool
 prepare_round_locked(Ring *self)
 {
@@ -414,8 +417,8 @@ give_back_bounce_locked(Ring *self, const struct request *request, size_t index)
     self->bounce.free[self->bounce.free_count++] = (uint8_t)request->bounces[index].slot;
 }
 
-/* A command that the kernel has not consumed is still to be sent. It is the last one that its request
- * sent, since commands are taken back from the queue's end. */
+/* Puts a command that the kernel has not consumed back into its request, to be sent later. It is the last
+ * one that the request sent, since commands are taken back from the queue's end. */
 static void
 take_back_locked(Ring *self, struct slot *slot)
 {
@@ -427,9 +430,7 @@ take_back_locked(Ring *self, struct slot *slot)
     if (!request->queued) {
         queue_push_locked(self, request);
     }
-    self->counters[slot->way].submitted--;
-    self->counters[slot->way].registered -= slot->registered != NOT_REGISTERED;
-    inflight_undo(&self->table, slot);
+    ring_undo_locked(self, slot);
 }
 
 void
@@ -484,11 +485,8 @@ request_land_locked(Ring *self, struct slot *slot, int32_t res)
     struct request *request = slot->request;
     const uint32_t expected = slot->nbytes;
     const uint32_t nbytes = bytes_of_result(slot, res);
-    struct counters *counters = &self->counters[slot->way];
 
-    counters->nbytes += nbytes;
-    counters->completed += nbytes == expected;
-    counters->failed += nbytes != expected;
+    counters_land(&self->counters[slot->way], nbytes, expected);
     CHAOS_POINT();
     if (request->bounces != NULL) {
         copy_wanted_locked(self, request, slot, nbytes);

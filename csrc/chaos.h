@@ -5,9 +5,9 @@
  * Every mutex that is taken or freed and every release of the GIL is such a place without further doing, in
  * each file that includes this one, since their names are redefined below. The rest is marked by hand:
  *
- *   CHAOS_POINT()    between a look and what is done about it, and between the steps of a transition
- *   CHAOS_CHANCE()   true now and then, and false without the define: for a branch that is taken only when
- *                    another thread or the kernel does something at the right moment
+ *   CHAOS_POINT()    stands between a look and what is done about it, and between the steps of a transition
+ *   CHAOS_CHANCE()   is true now and then, and always false without the define. It forces a branch that is
+ *                    otherwise taken only when another thread or the kernel acts at the right moment
  *
  * A point changes neither errno nor what may happen, only how often. With the GIL held it lets in only threads
  * that have let go of it, so a point is worth most right behind a release, and all of them are under a

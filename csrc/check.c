@@ -286,7 +286,8 @@ refuse_read(const Ring *self, size_t index, const struct command *command, uint6
     return -1;
 }
 
-int
+/* Makes a command of read `index` of the arrays. If it may not be sent, returns -1 with ValueError. */
+static int
 check_array_read(const Ring *self, const struct read_arrays *arrays, size_t index,
                  struct command *command)
 {

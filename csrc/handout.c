@@ -22,10 +22,9 @@ struct turn {
     pid_t process;
 };
 
-/* In a fork's child, a thread of the parent's may have the lock, and is not there to give it back: the child
- * makes a new one. -1 with MemoryError. */
+/* Gives the turn a lock that nobody has. -1 with MemoryError. */
 static int
-turn_begin_anew(struct turn *turn)
+turn_begin(struct turn *turn)
 {
     PyThread_type_lock lock = PyThread_allocate_lock();
     if (lock == NULL) {
@@ -35,18 +34,6 @@ turn_begin_anew(struct turn *turn)
     turn->lock = lock;
     turn->process = getpid();
     atomic_store(&turn->owner, 0);
-    return 0;
-}
-
-static int
-turn_init(struct turn *turn)
-{
-    turn->process = getpid();
-    turn->lock = PyThread_allocate_lock();
-    if (turn->lock == NULL) {
-        PyErr_NoMemory();
-        return -1;
-    }
     return 0;
 }
 
@@ -65,7 +52,8 @@ turn_take(struct turn *turn)
     const unsigned long self = PyThread_get_thread_ident();
     PyLockStatus status = PyThread_acquire_lock_timed(turn->lock, 0, 0);
     if (status != PY_LOCK_ACQUIRED && turn->process != getpid()) {
-        if (turn_begin_anew(turn) < 0) {
+        /* A thread of the parent's may have it, and is not here to give it back. */
+        if (turn_begin(turn) < 0) {
             return -1;
         }
         status = PyThread_acquire_lock_timed(turn->lock, 0, 0);
@@ -123,7 +111,7 @@ turn_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     Turn *self = (Turn *)type->tp_alloc(type, 0);
-    if (self != NULL && turn_init(&self->turn) < 0) {
+    if (self != NULL && turn_begin(&self->turn) < 0) {
         Py_CLEAR(self);
     }
     return (PyObject *)self;
@@ -143,8 +131,6 @@ turn_method_run(Turn *self, PyObject *const *args, Py_ssize_t nargs)
 {
     return turn_run(&self->turn, args, nargs);
 }
-
-#define FASTCALL(function) ((PyCFunction)(void (*)(void))(function))
 
 static PyMethodDef turn_methods[] = {
     {"run", FASTCALL(turn_method_run), METH_FASTCALL,
@@ -171,10 +157,10 @@ PyType_Spec gdsdirect_turn_spec = {
 
 typedef struct {
     PyObject_HEAD
-    PyObject *prepare;   /* makes the coroutine; again, where there was nothing after it */
-    PyObject *take;      /* gives what is there then; NotImplemented: nothing */
-    PyObject *coroutine; /* the one that is awaited; NULL: none yet */
-    PyObject *iterator;  /* over it */
+    PyObject *prepare;   /* makes the coroutine; makes another one if `take` then finds nothing */
+    PyObject *take;      /* returns what is there then, or NotImplemented if there is nothing */
+    PyObject *coroutine; /* is being awaited; it is NULL before the first `send` */
+    PyObject *iterator;  /* steps through the coroutine */
 } Then;
 
 static PyObject *
@@ -681,7 +667,7 @@ static PyObject *
 handout_new(PyTypeObject *type, PyObject *Py_UNUSED(args), PyObject *Py_UNUSED(kwargs))
 {
     Handout *self = (Handout *)type->tp_alloc(type, 0);
-    if (self != NULL && turn_init(&self->turn) < 0) {
+    if (self != NULL && turn_begin(&self->turn) < 0) {
         Py_CLEAR(self);
     }
     return (PyObject *)self;
@@ -718,16 +704,20 @@ handout_dealloc(Handout *self)
     Py_DECREF(type);
 }
 
+static struct module_state *
+module_of(Handout *self)
+{
+    return PyModule_GetState(PyType_GetModuleByDef(Py_TYPE(self), &gdsdirect_uring_cmd_module));
+}
+
 /* Whether there is something to hand out, and nothing to be done before. */
 static bool
 handout_is_ready(Handout *self)
 {
-    struct module_state *module =
-        PyModule_GetState(PyType_GetModuleByDef(Py_TYPE(self), &gdsdirect_uring_cmd_module));
     if (self->ready == NULL || self->ready == Py_None) {
         return false;
     }
-    if (self->slots != NULL && Py_IS_TYPE(self->slots, module->slots_type) &&
+    if (self->slots != NULL && Py_IS_TYPE(self->slots, module_of(self)->slots_type) &&
         slots_free_count((Slots *)self->slots) >= self->enough) {
         return false;
     }
@@ -801,13 +791,11 @@ handout_take(Handout *self, PyObject *Py_UNUSED(ignored))
 static PyObject *
 handout_anext(Handout *self)
 {
-    struct module_state *module =
-        PyModule_GetState(PyType_GetModuleByDef(Py_TYPE(self), &gdsdirect_uring_cmd_module));
     PyObject *prepare = PyObject_GetAttrString((PyObject *)self, "_prepare_async");
     PyObject *take = prepare ? PyObject_GetAttrString((PyObject *)self, "_take") : NULL;
-    PyObject *then =
-        take ? PyObject_CallFunctionObjArgs((PyObject *)module->then_type, prepare, take, NULL)
-             : NULL;
+    PyObject *then = take ? PyObject_CallFunctionObjArgs((PyObject *)module_of(self)->then_type,
+                                                         prepare, take, NULL)
+                          : NULL;
     Py_XDECREF(prepare);
     Py_XDECREF(take);
     return then;

@@ -23,6 +23,17 @@
 /* The way that a command goes; the order of the counters that Python reads. */
 enum way { WAY_PASSTHROUGH, WAY_FILE_DIRECT, WAY_FILE_FIXED, WAY_BUFFERED, WAYS };
 
+/* The way of reads of a source, `fixed` into registered memory. Without O_DIRECT the page cache copies,
+ * whatever the opcode. */
+static inline enum way
+way_of(const Source *source, bool fixed)
+{
+    if (source->is_nvme) {
+        return WAY_PASSTHROUGH;
+    }
+    return !source->is_direct ? WAY_BUFFERED : fixed ? WAY_FILE_FIXED : WAY_FILE_DIRECT;
+}
+
 #define NOT_REGISTERED UINT16_MAX
 
 /* A ring's table of registered files. Sources beyond so many are read by their descriptors. */
@@ -304,6 +315,16 @@ inflight_finished_source(struct inflight *table)
 }
 
 /* ---- Slots ------------------------------------------------------------------------------- */
+
+/* The slot is to be of this command. */
+static inline void
+slot_set_command(struct slot *slot, const struct command *command)
+{
+    slot->position = command->position;
+    slot->address = command->address;
+    slot->nbytes = command->nbytes;
+    slot->registered = command->registered;
+}
 
 /* Takes a free slot; there must be one, a reserved outcome, and `slot.holder` from holder_for, whose
  * `flying` the caller counts. Returns what goes into the SQE's user_data. */

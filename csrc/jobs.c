@@ -231,7 +231,7 @@ wait_a_moment(Job *self)
         remove_locked(workers, self);
         run_unlocked(workers, self);
     }
-    else if (self->state == JOB_QUEUED || self->state == JOB_RUNNING) {
+    else if (!is_through(self)) {
         const struct timespec end = moment_after(SLICE_NS);
         pthread_cond_timedwait(&workers->done, &workers->lock, &end);
         if (self->state == JOB_QUEUED) {
@@ -249,9 +249,7 @@ check_process(const Job *self)
     if (self->process == getpid()) {
         return 0;
     }
-    PyErr_SetString(PyExc_RuntimeError,
-                    "the stream belongs to the process that made it, and this one is its fork: "
-                    "make a stream of your own here");
+    PyErr_SetString(PyExc_RuntimeError, STREAM_OF_ANOTHER_PROCESS);
     return -1;
 }
 
@@ -287,6 +285,16 @@ job_result(Job *self, PyObject *Py_UNUSED(ignored))
     return self->kind->result(self->data);
 }
 
+static void
+drop_locked(struct workers *workers, Job *self)
+{
+    if (self->state == JOB_QUEUED) {
+        remove_locked(workers, self);
+        self->state = JOB_DROPPED;
+        tell_locked(workers, self);
+    }
+}
+
 /* drop(): takes it out of the queue if it has not begun, so that there is nothing to wait for. */
 static PyObject *
 job_drop(Job *self, PyObject *Py_UNUSED(ignored))
@@ -296,11 +304,7 @@ job_drop(Job *self, PyObject *Py_UNUSED(ignored))
     }
     struct workers *workers = workers_of(self);
     pthread_mutex_lock(&workers->lock);
-    if (self->state == JOB_QUEUED) {
-        remove_locked(workers, self);
-        self->state = JOB_DROPPED;
-        tell_locked(workers, self);
-    }
+    drop_locked(workers, self);
     pthread_mutex_unlock(&workers->lock);
     Py_RETURN_NONE;
 }
@@ -355,15 +359,13 @@ job_fileno(Job *self, PyObject *Py_UNUSED(ignored))
     return PyLong_FromLong(fd);
 }
 
-/* Takes it out of the queue, or waits until it is done. Without the GIL. */
+/* Drops it, or waits until it has run, whatever signal comes. Without the GIL. */
 static void
 end_job(Job *self)
 {
     struct workers *workers = workers_of(self);
     pthread_mutex_lock(&workers->lock);
-    if (self->state == JOB_QUEUED) {
-        remove_locked(workers, self);
-    }
+    drop_locked(workers, self);
     while (self->state == JOB_RUNNING) {
         pthread_cond_wait(&workers->done, &workers->lock);
     }

@@ -52,6 +52,10 @@ struct workers {
 void gdsdirect_workers_init(struct workers *workers);
 void gdsdirect_workers_end(struct workers *workers);
 
+/* Methods of more arguments than one, as PyMethodDef has them. */
+#define FASTCALL(function) ((PyCFunction)(void (*)(void))(function))
+#define KEYWORDS(function) FASTCALL(function)
+
 struct module_state {
     PyTypeObject *memory_type;
     PyTypeObject *source_type;
@@ -94,6 +98,10 @@ typedef struct {
 bool gdsdirect_memory_acquire(Memory *memory);
 void gdsdirect_memory_release(Memory *memory);
 
+#define STREAM_OF_ANOTHER_PROCESS \
+    "the stream belongs to the process that made it, and this one is its fork: make a stream of " \
+    "your own here"
+
 /* Source: an open file, and for an NVMe namespace the bounds that its commands are held to. */
 typedef struct {
     PyObject_HEAD
@@ -125,6 +133,9 @@ source_is_closed(const Source *source)
 bool gdsdirect_source_acquire(Source *source);
 void gdsdirect_source_release(Source *source);
 
+/* ValueError for a source that is closed. Returns NULL. */
+PyObject *gdsdirect_source_raise_closed(const Source *source);
+
 /* A Source on a descriptor of a file just opened with `flags`, which it owns from then on. NULL with an
  * exception, and then the descriptor is the caller's still. */
 Source *gdsdirect_source_own_fd(PyTypeObject *type, int fd, int flags, PyObject *path);
@@ -134,6 +145,7 @@ void gdsdirect_idle_rings_free(struct idle_rings *idle);
 PyObject *gdsdirect_open_source(PyObject *module, PyObject *args);
 PyObject *gdsdirect_open_sources(PyObject *module, PyObject *args);
 PyObject *gdsdirect_read_sources(PyObject *module, PyObject *args);
+PyObject *gdsdirect_deadline(PyObject *module, PyObject *timeout);
 PyObject *gdsdirect_nvme_identify(PyObject *module, PyObject *args);
 PyObject *gdsdirect_ask_io_uring(PyObject *module, PyObject *ignored);
 PyObject *gdsdirect_direct_alignment(PyObject *module, PyObject *args);

@@ -313,7 +313,7 @@ hold_all(struct copies *self)
     while (self->held < self->count) {
         Source *source = (Source *)PyTuple_GET_ITEM(self->sources, (Py_ssize_t)self->held);
         if (!gdsdirect_source_acquire(source)) {
-            PyErr_Format(PyExc_ValueError, "%S is closed", source->path);
+            gdsdirect_source_raise_closed(source);
             return -1;
         }
         self->held++;

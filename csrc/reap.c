@@ -37,6 +37,16 @@ ring_deadline(PyObject *timeout, int64_t *deadline)
     return 0;
 }
 
+PyObject *
+gdsdirect_deadline(PyObject *Py_UNUSED(module), PyObject *timeout)
+{
+    int64_t deadline;
+    if (ring_deadline(timeout, &deadline) < 0) {
+        return NULL;
+    }
+    return deadline == NO_DEADLINE ? Py_NewRef(Py_None) : PyLong_FromLongLong(deadline);
+}
+
 /* A wait is cut short after a second, to look for a signal that came just before it. */
 #define SLICE INT64_C(1000000000)
 
@@ -51,19 +61,6 @@ end_of_slice(int64_t deadline)
 }
 
 /* ---- Consuming --------------------------------------------------------------------------- */
-
-static void
-count_outcome(Ring *self, const struct outcome *outcome)
-{
-    struct counters *counters = &self->counters[outcome->way];
-    counters->nbytes += outcome->nbytes;
-    if (outcome->nbytes == outcome->expected) {
-        counters->completed++;
-    }
-    else {
-        counters->failed++;
-    }
-}
 
 void
 ring_call_leader_locked(Ring *self)
@@ -93,7 +90,8 @@ ring_reap_locked(Ring *self)
             request_land_locked(self, slot, cqe->res);
         }
         else {
-            count_outcome(self, inflight_complete(&self->table, slot, cqe->res));
+            const struct outcome *outcome = inflight_complete(&self->table, slot, cqe->res);
+            counters_land(&self->counters[outcome->way], outcome->nbytes, outcome->expected);
         }
     }
     if (seen == 0) {
@@ -296,15 +294,15 @@ ring_finish_locked(Ring *self, const struct request *request, int64_t deadline)
 /* ---- What was given up ------------------------------------------------------------------- */
 
 int
-ring_clear_the_way(struct module_state *module, uint64_t low, uint64_t high, int64_t deadline)
+ring_clear_the_way(const Ring *self, int64_t deadline)
 {
     int result = DONE;
     Ring *ring;
-    while (result == DONE && (ring = request_in_the_way(module, low, high)) != NULL) {
+    while (result == DONE && (ring = request_in_the_way(self)) != NULL) {
         CHAOS_POINT();
         ring_lock(ring);
         ring_reap_locked(ring);
-        while (result == DONE && request_is_in_the_way_locked(ring, low, high)) {
+        while (result == DONE && request_is_in_the_way_locked(self, ring)) {
             result = ring_now() < deadline ? ring_wait_locked(ring, 1, deadline) : ETIME;
             ring_reap_locked(ring);
         }
@@ -312,14 +310,6 @@ ring_clear_the_way(struct module_state *module, uint64_t low, uint64_t high, int
         Py_DECREF(ring);
     }
     return result;
-}
-
-int
-ring_clear_the_way_of(Ring *self, int64_t deadline)
-{
-    const uint64_t start = (uintptr_t)self->memory->address;
-    return ring_clear_the_way(self->module, start, start + (uint64_t)self->memory->nbytes,
-                              deadline);
 }
 
 void

@@ -1,5 +1,5 @@
 /*
- * Completions out: consumed, waited for, handed over.
+ * Consumes completions, waits for them, and hands them over.
  */
 #ifndef GDSDIRECT_REAP_H
 #define GDSDIRECT_REAP_H
@@ -9,7 +9,7 @@
 /* Consumes the CQEs that are there. */
 void ring_reap_locked(Ring *self);
 
-/* The same, with the CQEs that the kernel posts only when it is asked. */
+/* Consumes also the CQEs that the kernel posts only when it is asked. */
 void ring_fetch_locked(Ring *self);
 
 /* Waits, without the lock, until something has changed: a CQE came, time is up, or another thread
@@ -20,21 +20,18 @@ int ring_wait_locked(Ring *self, unsigned awaits, int64_t deadline);
  * of our own as it waits for. */
 void ring_call_leader_locked(Ring *self);
 
-/* Waits until the request has finished: DONE, ETIME at the deadline, RAISED by a signal handler, or an
- * errno. */
+/* Waits until the request has finished. Returns DONE, ETIME at the deadline, RAISED after a signal handler's
+ * exception, or an errno. */
 int ring_finish_locked(Ring *self, const struct request *request, int64_t deadline);
 
-/* Waits until no request that was given up, of whichever ring, may write to these addresses: DONE, or as
- * ring_finish_locked. With the GIL held, and no lock. */
-int ring_clear_the_way(struct module_state *module, uint64_t low, uint64_t high, int64_t deadline);
+/* Waits until no request that was given up may write into this ring's memory, whichever ring it is of. Returns
+ * what ring_finish_locked does. The caller holds the GIL, and no lock. */
+int ring_clear_the_way(const Ring *self, int64_t deadline);
 
-/* The same for all of a ring's memory. */
-int ring_clear_the_way_of(Ring *self, int64_t deadline);
-
-/* Takes in what has come of requests that were given up, whichever ring they are of. */
+/* Consumes what has come back of requests that were given up, whichever ring they are of. */
 void ring_collect_given_up(struct module_state *module);
 
-/* None or seconds, as a moment of CLOCK_MONOTONIC in ns. -1 with an exception. */
+/* Makes a moment of CLOCK_MONOTONIC, in ns, of None or seconds. Returns -1 with an exception. */
 int ring_deadline(PyObject *timeout, int64_t *deadline);
 
 PyObject *ring_wait(Ring *self, PyObject *args, PyObject *kwargs);

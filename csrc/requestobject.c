@@ -42,17 +42,6 @@ take_sources(Ring *self, struct request *request, PyObject *given)
     return 0;
 }
 
-/* The way of a request's commands. */
-static enum way
-way_of_request(const struct request *request, bool fixed)
-{
-    const Source *source = request->sources[0];
-    if (source->is_nvme) {
-        return WAY_PASSTHROUGH;
-    }
-    return !source->is_direct ? WAY_BUFFERED : fixed ? WAY_FILE_FIXED : WAY_FILE_DIRECT;
-}
-
 /* Takes the buffer itself, which a shared ring may outlive. -1 with ValueError: it is gone. */
 static int
 borrow_memory(Ring *self, struct request *request)
@@ -111,7 +100,7 @@ make_request(Ring *self, PyObject *sources, const struct read_arrays *arrays,
         return NULL;
     }
     if (count > 0) {
-        request->way = way_of_request(request, fixed);
+        request->way = way_of(request->sources[0], fixed);
     }
     return request;
 }
@@ -184,7 +173,7 @@ ring_lend_bounce(Ring *self, PyObject *object)
 PyObject *
 ring_method_clear_the_way(Ring *self, PyObject *Py_UNUSED(ignored))
 {
-    const int result = ring_clear_the_way_of(self, NO_DEADLINE);
+    const int result = ring_clear_the_way(self, NO_DEADLINE);
     if (result != DONE) {
         return ring_raise(self, result, "io_uring_enter");
     }
@@ -195,7 +184,7 @@ ring_method_clear_the_way(Ring *self, PyObject *Py_UNUSED(ignored))
 PyObject *
 ring_method_in_the_way(Ring *self, PyObject *Py_UNUSED(ignored))
 {
-    Ring *busy = request_in_the_way_of(self);
+    Ring *busy = request_in_the_way(self);
     return busy != NULL ? (PyObject *)busy : Py_NewRef(Py_None);
 }
 
@@ -270,7 +259,7 @@ raise_unstarted(const Ring *self, int result, const struct request *request)
     for (size_t i = 0; i < request->source_count && !source_is_closed(closed); i++) {
         closed = request->sources[i];
     }
-    return PyErr_Format(PyExc_ValueError, "%S is closed", closed->path);
+    return gdsdirect_source_raise_closed(closed);
 }
 
 static void
@@ -287,14 +276,8 @@ static int
 carry_out(Ring *self, PyObject *requests, int64_t deadline, bool keep, Py_ssize_t *failed)
 {
     const Py_ssize_t n = PyTuple_GET_SIZE(requests);
-    int result = DONE;
+    int result = has_unstarted(requests) ? ring_clear_the_way(self, deadline) : DONE;
     *failed = 0;
-    for (Py_ssize_t i = 0; result == DONE && i < n; i++) {
-        const struct request *request = request_at(requests, i);
-        if (!request->started) {
-            result = ring_clear_the_way_of(self, deadline);
-        }
-    }
     ring_lock(self);
     if (result == DONE) {
         result = start_all_locked(self, requests, failed);
@@ -353,7 +336,7 @@ ring_start(Ring *self, PyObject *requests)
     if (check_requests(self, requests) < 0) {
         return NULL;
     }
-    Ring *busy = has_unstarted(requests) ? request_in_the_way_of(self) : NULL;
+    Ring *busy = has_unstarted(requests) ? request_in_the_way(self) : NULL;
     if (busy != NULL) {
         return (PyObject *)busy;
     }
@@ -725,7 +708,7 @@ short_request(Ring *self, PyObject *source, const struct short_read *read)
         request_free(request);
         return NULL;
     }
-    request->way = way_of_request(request, read->fixed);
+    request->way = way_of(request->sources[0], read->fixed);
     request->owned = true;
     return request;
 }
@@ -735,7 +718,7 @@ short_request(Ring *self, PyObject *source, const struct short_read *read)
 static int
 carry_out_one(Ring *self, struct request *request, int64_t deadline)
 {
-    int result = ring_clear_the_way_of(self, deadline);
+    int result = ring_clear_the_way(self, deadline);
     ring_lock(self);
     if (result == DONE) {
         result = request_start_locked(self, request);
@@ -752,13 +735,13 @@ carry_out_one(Ring *self, struct request *request, int64_t deadline)
 
 /* The exception for a read that failed. Returns NULL. */
 static PyObject *
-raise_read(const Ring *self, int error, PyObject *path)
+raise_read(const Ring *self, int error, const Source *source)
 {
     if (error == ETIME) {
         PyErr_SetNone(PyExc_TimeoutError);
     }
     else if (error == SOURCE_IS_CLOSED) {
-        PyErr_Format(PyExc_ValueError, "%S is closed", path);
+        gdsdirect_source_raise_closed(source);
     }
     else {
         ring_raise(self, error, "io_uring_enter");
@@ -790,12 +773,11 @@ ring_read(Ring *self, PyObject *const *args, Py_ssize_t nargs)
     const int error = result != DONE ? result : request->error;
     struct request *freed = disown_locked(self, request);
     ring_unlock(self);
-    PyObject *path = ((Source *)args[0])->path;
     if (freed != NULL) {
         request_free(freed);
     }
     if (error != DONE) {
-        return raise_read(self, error, path);
+        return raise_read(self, error, (Source *)args[0]);
     }
     return whole ? PyLong_FromSsize_t(read.nbytes) : Py_NewRef(Py_None);
 }
@@ -817,7 +799,7 @@ ring_begin(Ring *self, PyObject *const *args, Py_ssize_t nargs)
     if (request == NULL) {
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
     }
-    Ring *busy = request_in_the_way_of(self);
+    Ring *busy = request_in_the_way(self);
     PyObject *object = request_object(self, request);
     if (busy != NULL || object == NULL) {
         Py_XDECREF(busy);
@@ -839,7 +821,7 @@ ring_begin(Ring *self, PyObject *const *args, Py_ssize_t nargs)
     }
     Py_DECREF(object);
     if (error != DONE) {
-        return raise_read(self, error, ((Source *)args[0])->path);
+        return raise_read(self, error, (Source *)args[0]);
     }
     return whole ? PyLong_FromSsize_t(read.nbytes) : Py_NewRef(Py_None);
 }

@@ -57,9 +57,7 @@ int
 ring_check_process(const Ring *self)
 {
     if (ring_is_forked(self)) {
-        PyErr_SetString(PyExc_RuntimeError,
-                        "the stream belongs to the process that made it, and this one is its "
-                        "fork: make a stream of your own here");
+        PyErr_SetString(PyExc_RuntimeError, STREAM_OF_ANOTHER_PROCESS);
         return -1;
     }
     return 0;
@@ -219,18 +217,6 @@ ring_time_left(int64_t deadline)
     int64_t left = deadline - ring_now();
     left = left > 0 ? left : 0;
     return (struct timespec){left / 1000000000, left % 1000000000};
-}
-
-uint16_t
-ring_register_bounce_locked(Ring *self)
-{
-    const Py_buffer *memory = &self->bounce.export;
-    const struct iovec piece = {.iov_base = memory->buf, .iov_len = (size_t)memory->len};
-    const int result =
-        self->registered > 0
-            ? io_uring_register_buffers_update_tag(&self->ring, self->registered, &piece, NULL, 1)
-            : io_uring_register_buffers(&self->ring, &piece, 1);
-    return result >= 0 ? (uint16_t)self->registered : NOT_REGISTERED;
 }
 
 /* ---- Descriptors for event loops --------------------------------------------------------- */

@@ -56,12 +56,22 @@ struct counters {
     uint64_t nbytes;
 };
 
+/* A command that was to bring `expected` bytes has come back with `nbytes`. */
+static inline void
+counters_land(struct counters *counters, uint32_t nbytes, uint32_t expected)
+{
+    counters->nbytes += nbytes;
+    counters->completed += nbytes == expected;
+    counters->failed += nbytes != expected;
+}
+
 enum ring_state { RING_OPEN, RING_CLOSING, RING_CLOSED };
 
-/* A thread that waits while another leads: on its own stack, and in the ring's list. */
+/* A thread that waits while another one leads. It lives on that thread's stack, and the ring lists it. */
 struct follower {
     struct follower *next;
-    const struct request *request; /* what it waits for; NULL: completions, or any other change */
+    const struct request
+        *request; /* it waits for this one; NULL: for completions or any other change */
     _Atomic uint32_t woken;
 };
 
@@ -189,9 +199,6 @@ void ring_wake_all_locked(Ring *self);
 
 /* Wakes a follower to lead, where nobody does: at each end of a wait. */
 void ring_pass_the_lead_locked(Ring *self);
-
-/* Registers the memory of bounce slots. The registered buffer that it is, or NOT_REGISTERED. */
-uint16_t ring_register_bounce_locked(Ring *self);
 
 /* Waits on the futex word of a follower that is in the list, without the lock, until it is woken or the
  * moment `until` has come. True: a signal has ended it. */

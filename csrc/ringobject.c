@@ -168,7 +168,7 @@ register_memory(Ring *self)
     if (count >= NOT_REGISTERED) {
         return ENOMEM;
     }
-    /* One more, for bounce slots: ring_register_bounce_locked fills it. */
+    /* One more, for bounce slots: register_bounce_locked of carry.c fills it. */
     struct iovec *pieces = calloc(count + 1, sizeof(*pieces));
     if (pieces == NULL) {
         return ENOMEM;
@@ -668,9 +668,6 @@ static PyGetSetDef ring_getset[] = {
 };
 
 /* ---- Type -------------------------------------------------------------------------------- */
-
-#define KEYWORDS(function) ((PyCFunction)(void (*)(void))(function))
-#define FASTCALL(function) KEYWORDS(function)
 
 PyDoc_STRVAR(
     passthrough_doc,

@@ -40,6 +40,12 @@ gdsdirect_source_release(Source *source)
     }
 }
 
+PyObject *
+gdsdirect_source_raise_closed(const Source *source)
+{
+    return PyErr_Format(PyExc_ValueError, "%S is closed", source->path);
+}
+
 static void
 source_shut(Source *self)
 {
@@ -79,8 +85,7 @@ static PyObject *
 source_fileno(Source *self, PyObject *Py_UNUSED(ignored))
 {
     if (source_is_closed(self)) {
-        PyErr_Format(PyExc_ValueError, "%S is closed", self->path);
-        return NULL;
+        return gdsdirect_source_raise_closed(self);
     }
     CHAOS_POINT();
     return PyLong_FromLong(self->fd);
@@ -93,7 +98,7 @@ source_hold(Source *self)
     if (gdsdirect_source_acquire(self)) {
         return 0;
     }
-    PyErr_Format(PyExc_ValueError, "%S is closed", self->path);
+    gdsdirect_source_raise_closed(self);
     return -1;
 }
 
@@ -355,9 +360,9 @@ static PyMethodDef source_methods[] = {
     {"fileno", (PyCFunction)source_fileno, METH_NOARGS, "The descriptor; ValueError once closed."},
     {"size", (PyCFunction)source_size, METH_NOARGS,
      "Bytes that there are; ValueError once closed."},
-    {"bind", (PyCFunction)(void (*)(void))source_bind, METH_VARARGS | METH_KEYWORDS,
+    {"bind", KEYWORDS(source_bind), METH_VARARGS | METH_KEYWORDS,
      "bind(*, nsid, lba_size, …): it is an NVMe namespace, with these bounds of its commands."},
-    {"using", (PyCFunction)(void (*)(void))source_using, METH_FASTCALL,
+    {"using", FASTCALL(source_using), METH_FASTCALL,
      "using(function, *args): function(fd, *args), with the descriptor held open."},
     {0},
 };

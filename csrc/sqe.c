@@ -42,6 +42,14 @@ ring_unconsumed_locked(Ring *self)
     return slot;
 }
 
+void
+ring_undo_locked(Ring *self, struct slot *slot)
+{
+    self->counters[slot->way].submitted--;
+    self->counters[slot->way].registered -= slot->registered != NOT_REGISTERED;
+    inflight_undo(&self->table, slot);
+}
+
 /* ring_enter_locked, until the kernel has memory for it. */
 static void
 enter_at_last_locked(Ring *self)

@@ -111,6 +111,9 @@ int ring_enter_locked(Ring *self);
  * io_uring_enter, so they are still ours. */
 struct slot *ring_unconsumed_locked(Ring *self);
 
+/* The kernel has not seen a command: its slot is free, and it does not count as submitted. */
+void ring_undo_locked(Ring *self, struct slot *slot);
+
 /* Sends what the ring needs for itself, `count` times: IORING_OP_NOP to wake the leader,
  * IORING_OP_ASYNC_CANCEL to have everything cancelled. */
 void ring_send_own_locked(Ring *self, uint8_t opcode, unsigned count);

@@ -280,13 +280,6 @@ settle_registered(Ring *self, struct batch *batch, bool fixed)
     return 0;
 }
 
-/* Without O_DIRECT the page cache copies, whatever the opcode. */
-static enum way
-way_of(const Source *source, bool fixed)
-{
-    return !source->is_direct ? WAY_BUFFERED : fixed ? WAY_FILE_FIXED : WAY_FILE_DIRECT;
-}
-
 /* Sends a batch of checked reads of `file`. -1 with an exception. */
 static int
 send_file_reads(Ring *self, struct batch *batch, PyObject *file, bool fixed, PyObject *user_data)

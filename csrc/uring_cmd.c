@@ -98,6 +98,8 @@ static PyMethodDef module_methods[] = {
      "dlpack(memory, offset, code, bits, shape, versioned) -> a DLPack capsule of part of memory."},
     {"take_dlpack", gdsdirect_take_dlpack, METH_O,
      "take_dlpack(capsule) -> (keeper, address, nbytes, contiguous, readonly) of a DLPack capsule."},
+    {"deadline", gdsdirect_deadline, METH_O,
+     "deadline(timeout): None or seconds, as a moment of time.monotonic_ns() or None."},
     {"open_source", gdsdirect_open_source, METH_VARARGS,
      "open_source(name, flags, path) -> Source: open(2) of name, which messages call path."},
     {"open_sources", gdsdirect_open_sources, METH_VARARGS,

@@ -1,7 +1,7 @@
 # csrc/uring_cmd.c and its companions; the docstrings are there.
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
-from typing import Any, Generic, Protocol, Self, SupportsIndex, TypeVar, final
+from typing import Any, Generic, Protocol, Self, SupportsFloat, SupportsIndex, TypeVar, final
 
 from typing_extensions import Buffer, disjoint_base
 
@@ -16,6 +16,7 @@ class _HasFileno(Protocol):
 
 def nvme_identify(fd: int, cns: int, nsid: int, /) -> bytes: ...
 def ask_io_uring() -> dict[str, int]: ...
+def deadline(timeout: SupportsFloat | None, /) -> int | None: ...
 def open_source(name: str, flags: int, path: str, /) -> Source: ...
 def open_sources(
     paths: Sequence[str], flags: int, /

@@ -169,13 +169,18 @@ class Origin:
         if self.namespace is not None or self.extents is not None or self.unmapped is not None:
             return None
         if self.undirected is not None:
-            why: str | None = self.undirected
-            return ShortWay(self.source, 1, 1, ring.registered, DataPath.BUFFERED, why)
-        size = self.alignment
+            return ShortWay(self.source, 1, 1, ring.registered, DataPath.BUFFERED, self.undirected)
+        grain = self.alignment
         if ring.registered:
-            return ShortWay(self.source, size, size, True, DataPath.FILE_FIXED, None)
-        why = ring.unregistered
-        return ShortWay(self.source, size, self.memory_alignment, False, DataPath.FILE_DIRECT, why)
+            return ShortWay(self.source, grain, grain, True, DataPath.FILE_FIXED, None)
+        return ShortWay(
+            self.source,
+            grain,
+            self.memory_alignment,
+            False,
+            DataPath.FILE_DIRECT,
+            ring.unregistered,
+        )
 
     def obstacle(self, way: DataPath, ring: SharedRing) -> str | None:
         """What stands in the way, into the memory of this ring; None: it is open."""

@@ -155,11 +155,10 @@ class RingLoad:
 
 
 class CopyLoad:
-    """Copied from the page cache by a thread of its own, beside the consumer and other loads.
+    """A thread of its own copies it from the page cache, beside the consumer and other loads.
 
-    A ring doesn't make it faster: the thread that submits a read of cached bytes copies them too,
-    and that had better not be an event loop's. A second processor does. A load that is dropped
-    waits for its job.
+    A second processor makes that faster. A ring doesn't: the thread that submits a read of cached
+    bytes copies them too, and it must not be an event loop's. The end of a load waits for its job.
     """
 
     def __init__(

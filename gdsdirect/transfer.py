@@ -7,13 +7,12 @@ one: `to_the_end` and `to_the_end_async`.
 from __future__ import annotations
 
 import errno
-import time
 from array import array
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from gdsdirect.errors import WayClosedError, completion_error
+from gdsdirect.errors import WayClosedError, completion_error, ring_module
 from gdsdirect.extents import Extents, RefusedError
 from gdsdirect.memory import MemoryKind
 from gdsdirect.namespace import Namespace
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from gdsdirect.cuda import Event
 
 PIECE = 1 << 20  # bytes of one read of a file: large enough that its overhead doesn't show
-_LONGEST = 1e9  # seconds
 _TRIES = 3  # times that a read may bring nothing although there is more
 
 # Registered memory is a run of pages to the kernel, and Linux 6.1 wants whole blocks of each
@@ -384,7 +382,7 @@ async def to_the_end_async(steps: Generator[Requests, None, T]) -> T:
 def finish(steps: Steps, timeout: float | None) -> ReadResult:
     """Take all steps, with a TimeoutError after `timeout` seconds that says so."""
     try:
-        return to_the_end(steps, _deadline(timeout))
+        return to_the_end(steps, ring_module().deadline(timeout))
     except TimeoutError as error:
         raise timed_out(error, timeout) from None
 
@@ -394,11 +392,3 @@ def timed_out(error: TimeoutError, timeout: float | None) -> TimeoutError:
     if type(error) is not TimeoutError or error.args:
         return error
     return TimeoutError(f"the read did not come back in {timeout} s")
-
-
-def _deadline(timeout: float | None) -> int | None:
-    if timeout is None:
-        return None
-    if not timeout >= 0:
-        raise ValueError(f"timeout is {timeout}: give None or seconds from 0 up")
-    return time.monotonic_ns() + int(min(timeout, _LONGEST) * 1e9)

@@ -189,7 +189,7 @@ class Actor:
         return Attempt(self.world.library, file, region, self._parts(file.path, region))
 
     def _parts(self, path: str, region: Region) -> list[Part]:
-        """One part anywhere in the region, or several in a row."""
+        """The parts of a read: one anywhere in the region, or several in a row from its start."""
         if self.chance.random() < 0.7:
             offset, size = self.range(path, REGION)
             room = REGION - size

@@ -705,7 +705,7 @@ def test_what_was_given_up_overwrites_nothing_of_other_memory(tmp_path: str) -> 
 
 @contextlib.contextmanager
 def unanswered(files: fuse.SlowFiles, file: File) -> Iterator[None]:
-    """What happens meanwhile happens before the server answers; else this fails, after a while."""
+    """The server doesn't answer as long as the block runs. A block that waits for it fails."""
     files.hold()
     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     timer = threading.Timer(PATIENCE, files.let_go)

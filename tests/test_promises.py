@@ -117,6 +117,12 @@ def beside(work: Callable[[], object]) -> Iterator[threading.Event]:
     thread.join()
 
 
+def until_in_flight(ring: AsyncUringStream, count: int) -> None:
+    """Wait until so many commands are in flight."""
+    while ring.inflight < count:
+        time.sleep(0.001)
+
+
 def is_readable(fd: int) -> bool:
     return bool(select.select([fd], [], [], 0)[0])
 
@@ -355,8 +361,7 @@ def test_a_batch_that_waits_for_room_hears_of_the_end(
         assert raised.value.__notes__[0].startswith("2 of 10 commands were submitted")
 
     with beside(submit) as submitted:
-        while ring.inflight < 2:
-            time.sleep(0.001)
+        until_in_flight(ring, 2)
         with beside(ring.close):
             assert submitted.wait(PATIENCE)
             pipes[0].write(b"ab")
@@ -372,8 +377,7 @@ def test_a_thread_that_waits_for_much_does_so_no_longer_when_another_comes(
     ring = ring_of(buffer)
     for _ in range(200):
         with beside(partial(wait, reads(ring, pipes[0], [0, 1, 2]))):
-            while ring.inflight < 3:
-                time.sleep(0.001)
+            until_in_flight(ring, 3)
             time.sleep(0.002)
             with beside(partial(wait, start(ring, pipes[1], [5]))):
                 time.sleep(0.002)
@@ -416,8 +420,7 @@ def test_a_short_request_is_not_held_up_by_a_long_one(
     """The thread that waits in the kernel waits for three reads, and two others for one each."""
     ring = ring_of(buffer)
     with beside(partial(wait, reads(ring, pipes[0], [0, 1, 2]))):
-        while ring.inflight < 3:
-            time.sleep(0.001)
+        until_in_flight(ring, 3)
         for _ in range(200):
             one, two = start(ring, pipes[1], [5]), start(ring, pipes[2], [6])
             with beside(partial(wait, one)) as done:

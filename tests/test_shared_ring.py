@@ -62,7 +62,7 @@ def start(ring: SharedRing, pipe: Pipe, targets: list[int]) -> Request:
 
 
 def wait(request: Request, seconds: float | None = 60) -> None:
-    """The test's own patience is a minute."""
+    """Wait until the request has finished; TimeoutError after a minute."""
     deadline = None if seconds is None else time.monotonic_ns() + int(seconds * 1e9)
     request.ring._carry_out((request,), deadline)
 

@@ -50,7 +50,7 @@ Came = tuple[str, int, bytes] | str
 
 
 class WrongError(Exception):
-    """What must hold, and does not."""
+    """Something that must hold does not."""
 
 
 def demand(holds: object, text: str) -> None:
@@ -137,7 +137,7 @@ class World:
 
 
 def descriptors() -> int:
-    """Those that are open, but for rings that the package keeps for the next buffers."""
+    """How many are open, without the rings that the package keeps for the next buffers."""
     links = []
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # that of the listing itself
@@ -177,7 +177,7 @@ def bytes_at(buffer: GpuMappedBuffer, place: int, size: int) -> bytes:
 
 
 class Trial:
-    """One call, on things of its own."""
+    """A trial makes one call, on things of its own."""
 
     keeps = True  # what was raised may be kept with all its frames, and nothing is different
 
@@ -224,7 +224,7 @@ def within_the_package(frame: FrameType | None) -> bool:
 
 
 class Reads(Trial):
-    """Ranges of a file into a buffer, by one call or many."""
+    """The trial reads ranges of a file into a buffer, by one call or by many."""
 
     def __init__(
         self,
@@ -300,7 +300,7 @@ class Reads(Trial):
 
 
 class BytearrayReads(Reads):
-    """Into memory that is made ready for each read."""
+    """The trial reads into memory that each call makes ready anew."""
 
     keeps = False  # frames have what it was made ready by, and that the bytearray
 
@@ -336,7 +336,7 @@ class BytearrayReads(Reads):
 
 
 class Looping(Trial):
-    """An event loop of the trial's own, whose tasks come to their end through all disturbances."""
+    """The trial has its own event loop, whose tasks come to their end whatever disturbs them."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         self.loop = asyncio.new_event_loop()
@@ -378,7 +378,7 @@ class Looping(Trial):
 
 
 class AsyncReads(Looping, Reads):
-    """Tasks that read at a time; cancelled after `turns` of the loop, if that is given."""
+    """Several tasks read at a time. After `turns` of the loop, if given, they are cancelled."""
 
     def __init__(
         self, world: World, ranges: tuple[Range, ...], *, turns: int | None = None, **more: Any
@@ -425,7 +425,7 @@ class AsyncReads(Looping, Reads):
 
 
 class Streams(Reads):
-    """All chunks of a stream: whatever is raised, the consumer asks for the next one."""
+    """The consumer takes all chunks of a stream. Whatever is raised, it asks for the next one."""
 
     def __init__(
         self,
@@ -911,7 +911,7 @@ GPU: dict[str, Make] = {
     "gpu_read_into_async": AsyncGpu,
 }
 
-# Not kept yet, and run by hand: an exception at some bytecodes loses a chunk of these streams.
+# These fail still, and are run by hand: an exception at some bytecodes loses a chunk of the stream.
 NOT_YET: dict[str, Make] = {
     "gpu_stream": one_file(GpuStreams, 4 * CHUNK, count=12),
     "gpu_stream_async": one_file(AsyncGpuStreams, 4 * CHUNK, count=12),
